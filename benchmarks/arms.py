@@ -1,0 +1,137 @@
+"""What to time against what: the ways a user would run the dense model, and whole-model comparisons of them.
+
+The best dense arm is the baseline, not the slowest. Batch norms are folded in all of them by torch's own
+fuser, so that fxsparse does not win by folding.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
+
+from benchmarks.agreement import Agreement, allowed_error, largest_error, own_error
+from fxsparse.timing import Timing, interleaved
+
+Arm = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Whole-model times, measured interleaved.
+
+    Attributes:
+        times: by arm; the converted model's arms start with "fxsparse".
+        agreement: of each arm's output with the masked dense model's.
+    """
+
+    times: dict[str, Timing]
+    agreement: dict[str, Agreement]
+
+    @property
+    def best_dense(self) -> str:
+        """Name of the fastest arm that is not fxsparse."""
+        return min((n for n in self.times if not n.startswith("fxsparse")), key=self._median)
+
+    @property
+    def best_sparse(self) -> str:
+        """Name of the fastest fxsparse arm."""
+        return min((n for n in self.times if n.startswith("fxsparse")), key=self._median)
+
+    @property
+    def ratio(self) -> float:
+        """Time of the best dense arm over time of the best fxsparse arm."""
+        return self._median(self.best_dense) / self._median(self.best_sparse)
+
+    def _median(self, name: str) -> float:
+        return self.times[name].median_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "times": {name: dataclasses.asdict(time) for name, time in self.times.items()},
+            "agreement": {name: dataclasses.asdict(value) for name, value in self.agreement.items()},
+            "best_dense": self.best_dense,
+            "best_sparse": self.best_sparse,
+            "ratio": self.ratio,
+        }
+
+    def __str__(self) -> str:
+        """Return the table of the arms and the ratio."""
+        rows = [
+            [
+                name,
+                f"{time.median_ms:.3f}",
+                f"{time.low_ms:.3f}-{time.high_ms:.3f}",
+                f"{self._median(self.best_sparse) / time.median_ms:.2f}x",
+                f"{self.agreement[name].error:.1e}",
+            ]
+            for name, time in self.times.items()
+        ]
+        headers = ("arm", "median ms", "quartiles", "speed vs fxsparse", "rel err")
+        table = tabulate(rows, headers=headers, disable_numparse=True)
+        best = f"{self.best_dense} / {self.best_sparse}"
+        return f"{table}\nBest dense over fxsparse ({best}): {self.ratio:.2f}x."
+
+
+def compare(
+    dense: nn.Module, converted: nn.Module, x: Tensor, *, compiled: bool = False, budget_s: float = 5.0
+) -> Comparison:
+    """Check a converted model and every dense arm against the masked dense model, then time them interleaved.
+
+    Args:
+        dense: the masked dense model, float32, in eval mode.
+        converted: what `fxsparse.convert` made of it.
+        x: the input.
+        compiled: also run both through torch.compile, with freezing.
+        budget_s: time for the measurement.
+
+    Raises:
+        RuntimeError: an arm's output is further from the dense model's than rounding explains.
+    """
+    wanted, own = own_error(dense, x)
+    arms = dense_arms(dense, x, compiled=compiled)
+    arms["fxsparse"] = lambda: converted(x)
+    if compiled:
+        frozen = _compiled(converted)
+        arms["fxsparse compiled"] = lambda: frozen(x)
+    agreement = {}
+    allowed = allowed_error(own, x.dtype)
+    for name, arm in arms.items():
+        with torch.no_grad():
+            agreement[name] = Agreement(largest_error(arm(), wanted), allowed)
+        if not agreement[name].ok:
+            error = agreement[name].error
+            raise RuntimeError(f"The arm '{name}' differs from the dense model by {error:.3g} (allowed {allowed:.3g}).")
+    return Comparison(interleaved(arms, x.device, budget_s=budget_s, max_rounds=101), agreement)
+
+
+def dense_arms(model: nn.Module, x: Tensor, *, compiled: bool) -> dict[str, Arm]:
+    """Return the dense ways to run a model on an input, batch norms folded."""
+    folded = fuse(model)
+    last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    arms: dict[str, Arm] = {
+        "dense eager": lambda: folded(x),
+        "dense channels_last": lambda: last(x_last),
+    }
+    if compiled:
+        frozen = _compiled(folded)
+        arms["dense compiled"] = lambda: frozen(x)
+    return arms
+
+
+def _compiled(model: nn.Module) -> Callable[..., Any]:
+    return torch.compile(copy.deepcopy(model), options={"freezing": True})
+
+
+def budget_arguments(parser: Any) -> None:
+    """Declare the options of a command that times whole models."""
+    parser.add_argument("--compile", action="store_true", help="add the arms under torch.compile (freezing)")
+    parser.add_argument("--budget", type=float, default=5.0, metavar="SECONDS", help="time for a measurement")

@@ -1,0 +1,139 @@
+"""The paper's own result: a VGG-16 lottery ticket pruned in blocks: `python -m benchmarks lth`.
+
+torchvision's `vgg16_bn` with 10 classes, unmodified, on 32x32 images, with random weights and the block
+lists of a really trained ticket (`data/README.md`; 20.8 % of the weights kept), given as they are as masks.
+torchvision's adaptive pool blows the 1x1 feature map up to 7x7, so two dense layers of 4096 follow that the
+ticket's own CIFAR network does not have; the features alone are therefore measured too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fxsparse
+from benchmarks import models
+from benchmarks.agreement import Agreement, allowed_error, largest_error, own_error
+from benchmarks.arms import budget_arguments, compare
+
+BLOCKS = Path(__file__).parent / "data" / "lth_vgg16bn_cifar_blocks.npz"
+BlockList = list[tuple[list[int], list[int]]]
+
+
+class Features(nn.Module):
+    """The convolutional part alone, under the same names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.features = model.features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x).flatten(1)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64], help="batch sizes")
+    parser.add_argument(
+        "--part", choices=("whole", "features"), nargs="+", default=["whole", "features"], help="what to time"
+    )
+    margin = fxsparse.Settings().margin
+    parser.add_argument("--margin", type=float, default=margin, help="of the calibration")
+    budget_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the command: print the tables and return all numbers."""
+    blocks = block_lists()
+    whole = pruned_model(blocks)
+    kept = {name: mask.float().mean().item() for name, mask in bool_masks(whole, blocks).items()}
+    exact = exactness(whole, blocks)
+    print(
+        f"float64: converted and masked dense differ by {exact.error:.1e} (allowed {exact.allowed:.1e}): "
+        f"{'ok' if exact.ok else 'FAILED'}"
+    )
+    if not exact.ok:
+        raise RuntimeError("The converted model does not compute what the masked dense model computes.")
+    parts = {"whole": whole, "features": Features(whole).eval()}
+    results = [
+        measure(part, parts[part], blocks, batch, arguments) for part in arguments.part for batch in arguments.batch
+    ]
+    print("\nBest dense over fxsparse:")
+    for result in results:
+        comparison = result["comparison"]
+        print(f"  {result['part']}, batch {result['batch']}: {comparison['ratio']:.2f}x")
+    return {"density": kept, "float64": vars(exact), "results": results}
+
+
+def measure(
+    part: str, model: nn.Module, blocks: dict[str, BlockList], batch: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Convert for one batch size and compare."""
+    x = images(batch)
+    settings = fxsparse.Settings(margin=arguments.margin, cache=False)
+    converted = fxsparse.convert(model, blocks, example_inputs=(x,), settings=settings)
+    report = converted.report
+    assert isinstance(report, fxsparse.Report)
+    print(f"\n{part}, batch {batch}\n{report}\n")
+    comparison = compare(model, converted, x, compiled=arguments.compile, budget_s=arguments.budget)
+    print(comparison)
+    return {"part": part, "batch": batch, "report": report.to_dict(), "comparison": comparison.to_dict()}
+
+
+def block_lists() -> dict[str, BlockList]:
+    """Read the blocks as [(rows, columns), ...] by module name."""
+    with np.load(BLOCKS, allow_pickle=False) as file:
+        names = [key.removesuffix(".shape") for key in file.files if key.endswith(".shape")]
+        return {
+            name: [
+                (file[f"{name}.block{i}.rows"].tolist(), file[f"{name}.block{i}.cols"].tolist())
+                for i in range(int(file[f"{name}.blocks"]))
+            ]
+            for name in names
+        }
+
+
+def pruned_model(blocks: dict[str, BlockList]) -> nn.Module:
+    """Build the masked dense model."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.vgg16_bn(weights=None, num_classes=10).eval()
+    models.prepare(model, bool_masks(model, blocks), images(4))
+    return model
+
+
+def bool_masks(model: nn.Module, blocks: dict[str, BlockList]) -> dict[str, Tensor]:
+    """Return the blocks as bool tensors of the weights' shapes."""
+    masks = {}
+    for name, pairs in blocks.items():
+        shape = model.get_parameter(f"{name}.weight").shape
+        mask = torch.zeros(shape[0], shape[1:].numel(), dtype=torch.bool)
+        for rows, columns in pairs:
+            mask[np.ix_(rows, columns)] = True
+        masks[name] = mask.reshape(shape)
+    return masks
+
+
+def exactness(model: nn.Module, blocks: dict[str, BlockList]) -> Agreement:
+    """Compare the converted model with the masked dense one in float64, with noise where the masks prune."""
+    x = images(2)
+    allowed = allowed_error(own_error(model, x)[1], torch.float64)
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        wanted = double(x.double())
+        models.fill_pruned(double, bool_masks(model, blocks))
+        settings = fxsparse.Settings(calibrate=False, cache=False)
+        converted = fxsparse.convert(double, blocks, example_inputs=(x.double(),), settings=settings)
+        return Agreement(largest_error(converted(x.double()), wanted), allowed)
+
+
+def images(batch: int) -> Tensor:
+    """Return random 32x32 images."""
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))

@@ -1,0 +1,104 @@
+"""The pipeline: masks, capture, passes, calibration, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from fxsparse import names
+from fxsparse.capture import Captured, capture
+from fxsparse.inputs import ExampleInputs
+from fxsparse.masks import BakedModel, bake
+from fxsparse.passes import PASSES
+from fxsparse.passes.base import PassContext
+from fxsparse.passes.calibrate import calibrate
+from fxsparse.passes.lower_to_sparse import NOT_MEASURED
+from fxsparse.report import Report, Row, refresh
+from fxsparse.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def convert(
+    model: nn.Module,
+    masks: Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    settings: Settings | None = None,
+) -> nn.Module:
+    """Make a pruned model faster, without changing it or what it computes.
+
+    Args:
+        model: any `nn.Module`; it is copied, never changed. Call `model.eval()` first for inference.
+        masks: by module name, parameter name or `*_mask` buffer name: a tensor of the weight's shape (bool, or
+            numbers: non-zero = kept), or a block list [(rows, columns), ...] over the weight as
+            [O, (C / groups)·kh·kw]. None takes the masks of `nn.utils.prune`, or else the zeros of the weights.
+        example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or an input shape. Each
+            convolution is measured on what these give it. None: each follows the cost model's estimate until
+            `fxsparse.calibrate` is called.
+        settings: everything else.
+
+    Returns:
+        A GraphModule (or, from the capture rung `modules`, a copy of the model with its convolutions swapped) that
+        computes what the masked model computes. Its `.report` says what became of every convolution, and why.
+
+    Raises:
+        FxsparseError: a mask, a rule or the inputs do not fit the model, or no rung can capture it.
+    """
+    settings = settings or Settings()
+    inputs = ExampleInputs.of(example_inputs, model)
+    baked = bake(model, masks)
+    selected = _select(baked.model, settings)
+    captured = capture(baked.model, inputs, settings.capture)
+    others = _run_passes(captured, baked, settings, selected)
+    measured = inputs is not None and settings.calibrate
+    refresh(captured.model, _first_report(captured, baked, others, measured=measured))
+    if measured:
+        calibrate(captured.model, example_inputs, margin=settings.margin, progress=settings.progress)
+    return captured.model
+
+
+def _select(model: nn.Module, settings: Settings) -> frozenset[str]:
+    """Apply the include and exclude rules to the names that conv sites can have."""
+    known = list(
+        dict.fromkeys(
+            name.removesuffix("weight").rstrip(".") or name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if parameter.dim() == 4
+        )
+    )
+    chosen = names.matching(settings.include, known, "include")
+    return frozenset(chosen - names.matching(settings.exclude, known, "exclude"))
+
+
+def _run_passes(
+    captured: Captured, baked: BakedModel, settings: Settings, selected: frozenset[str]
+) -> list[tuple[str, str]]:
+    """Run the passes over every graph; return the convolutions that are no conv sites, with the reason."""
+    others: list[tuple[str, str]] = []
+    for prefix, gm in tqdm(
+        captured.graphs,
+        desc="Converting",
+        disable=not settings.progress or len(captured.graphs) == 1,
+        leave=False,
+    ):
+        ctx = PassContext(settings, baked.masks, prefix, selected=selected)
+        for run in PASSES:
+            run(gm, ctx)
+        log.info("Passes on '%s': %s", prefix, dict(ctx.counts))
+        others += ctx.others
+    return others
+
+
+def _first_report(captured: Captured, baked: BakedModel, others: list[tuple[str, str]], *, measured: bool) -> Report:
+    rows = tuple(
+        Row(name, None, None, None, None, None, None, "vanilla", None, None, reason) for name, reason in others
+    )
+    notes = [*captured.notes, *baked.notes]
+    if not measured:
+        notes.append(f"The paths follow the cost model's estimate: {NOT_MEASURED}.")
+    return Report(rows, captured.rung, captured.refused, tuple(notes))

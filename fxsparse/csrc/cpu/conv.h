@@ -1,0 +1,54 @@
+// The sparse convolution on a CPU, as the binding sees it: plain shapes and pointers in, no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fxsparse {
+
+enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class PaddingMode { kZeros, kReflect, kReplicate, kCircular };
+enum class Activation { kNone, kRelu, kRelu6, kSilu, kHardswish };
+
+constexpr int64_t kPanelLanes = 16;
+
+// Columns of the tables that docs/architecture.md defines.
+enum PanelField { kFirstColumn, kColumnCount, kFirstValue, kFirstChannel, kPanelFields };
+enum RowField { kOutChannel, kFirstResidual, kResidualCount, kFirstResidualValue, kRowFields };
+
+// Sizes of one convolution call. `pad` is (top, bottom, left, right).
+struct ConvShape {
+  int64_t batch, channels, height, width;
+  int64_t out_channels, out_height, out_width;
+  int64_t kernel[2], stride[2], dilation[2], pad[4];
+  int64_t weight_columns; // (channels / groups) * kernel height * kernel width
+  PaddingMode mode;
+  Activation activation;
+  Dtype dtype;
+};
+
+// The packed weight: see docs/architecture.md.
+struct PackedWeight {
+  const void *values;
+  const int32_t *columns;
+  const int64_t *panels, *rows;
+  int64_t num_values, num_columns, num_panels;
+};
+
+// Contiguous NCHW tensors; `bias` and `add` may be null.
+struct ConvTensors {
+  const void *input, *bias, *add;
+  void *output;
+};
+
+// Calls body(worker, context) for every worker in [0, workers), in parallel where it can.
+using ParallelFor = void (*)(int64_t workers, void (*body)(int64_t worker, void *context), void *context);
+
+struct Conv;
+
+// Fills `plan` and returns the bytes of scratch that run_conv needs (at most one allocation by the caller), or -1
+// if one image has more elements than the kernels' 32-bit offsets reach.
+int64_t plan_conv(const ConvShape &shape, const PackedWeight &weight, int64_t threads, Conv &plan);
+
+void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *scratch, ParallelFor parallel);
+
+} // namespace fxsparse

@@ -1,0 +1,43 @@
+// The kernels of one instruction set, gathered for the planner.
+#pragma once
+
+#include "cpu/decode_columns.h"
+#include "cpu/gather_input.h"
+#include "cpu/run_unit.h"
+
+namespace fxsparse::FXSPARSE_ISA {
+
+template <class T> void widen_values(const void *values, int64_t first, int64_t last, void *out) {
+  copy_cells((const T *)values + first, (float *)out + first, last - first, 1);
+}
+
+template <class T> constexpr KernelSet make_kernel_set() {
+  using A = typename AccumulatorOf<T>::type;
+  KernelSet set = {};
+  set.lanes = kLanes<A>;
+  set.positions = kMaxPositions;
+  set.unit_panels = kLanes<A> == kPanelLanes ? kMaxVectors : 1;
+  set.gather = gather_input<T, A>;
+  set.decode = decode_columns;
+  if constexpr (sizeof(T) == 2)
+    set.widen = widen_values<T>;
+  set.run = run_unit<T, A>;
+  return set;
+}
+
+inline const KernelSet &kernel_set(Dtype dtype) {
+  static constexpr KernelSet float32 = make_kernel_set<float>(), float64 = make_kernel_set<double>(),
+                             bfloat16 = make_kernel_set<BFloat16>(), float16 = make_kernel_set<Float16>();
+  switch (dtype) {
+  case Dtype::kFloat32:
+    return float32;
+  case Dtype::kFloat64:
+    return float64;
+  case Dtype::kBFloat16:
+    return bfloat16;
+  default:
+    return float16;
+  }
+}
+
+} // namespace fxsparse::FXSPARSE_ISA

@@ -1,0 +1,166 @@
+// One unit of rows on one band of tiles: block part, residual part, output.
+#pragma once
+
+#include "cpu/plan.h"
+#include "cpu/residual_kernel.h"
+#include "cpu/store_tile.h"
+
+namespace fxsparse::FXSPARSE_ISA {
+
+constexpr int kMaxUnitLanes = kMaxVectors * int(kPanelLanes);
+
+// A unit's columns and the places of its rows.
+template <class T, class A> struct UnitRows {
+  const A *cells;
+  const uint32_t *offsets;
+  int64_t columns, lanes;
+  const int64_t *table; // rows of the packed form
+  bool has_residual;
+  const A *weights[kMaxVectors];
+  T *outputs[kMaxUnitLanes];
+  const T *adds[kMaxUnitLanes];
+  alignas(kVectorBytes) A bias[kMaxUnitLanes];
+};
+
+template <class T, class A>
+inline void find_rows(const Conv &conv, const Unit &unit, const A *cells, T *output, const T *add,
+                      UnitRows<T, A> &rows) {
+  const int64_t *panel = conv.panels + unit.first_panel * kPanelFields;
+  rows.cells = cells + panel[kFirstChannel] * conv.channel_stride;
+  rows.offsets = conv.offsets + panel[kFirstColumn];
+  rows.columns = panel[kColumnCount];
+  rows.lanes = unit.panels * kPanelLanes;
+  rows.table = conv.rows + unit.first_panel * kPanelLanes * kRowFields;
+  rows.has_residual = false;
+  for (int64_t p = 0; p < unit.panels; ++p)
+    rows.weights[p] = (const A *)conv.values + panel[p * kPanelFields + kFirstValue];
+  const int64_t plane = conv.shape.out_height * conv.shape.out_width;
+  for (int64_t lane = 0; lane < rows.lanes; ++lane) {
+    const int64_t *row = rows.table + lane * kRowFields, channel = row[kOutChannel];
+    const bool used = channel >= 0;
+    rows.outputs[lane] = used ? output + channel * plane : nullptr;
+    rows.adds[lane] = used && add != nullptr ? add + channel * plane : nullptr;
+    rows.bias[lane] = used && conv.bias != nullptr ? A(to_accumulator(((const T *)conv.bias)[channel])) : A(0);
+    rows.has_residual |= row[kResidualCount] > 0;
+  }
+}
+
+// Tile number `tile`: rows [first_row, last_row) of the group's valid rows, positions [first_x, last_x) of each.
+struct Tile {
+  int64_t first_row, last_row, first_x, last_x;
+};
+
+inline Tile find_tile(const Conv &conv, int64_t rows, int64_t tile) {
+  const int64_t blocks = (rows + conv.tile_height - 1) / conv.tile_height;
+  const int64_t block = tile / conv.pieces, piece = tile % conv.pieces;
+  return {rows * block / blocks, rows * (block + 1) / blocks, conv.out_width * piece / conv.pieces,
+          conv.out_width * (piece + 1) / conv.pieces};
+}
+
+// The block kernel on tiles [band.first, band.last). Row r begins at outputs[lane] + row_output[r] - origin.
+template <class D, class T, class A>
+void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t rows, D *const *outputs,
+               const D *const *adds, const int64_t *row_output, int64_t origin, Activation activation) {
+  constexpr int lanes = kLanes<A>;
+  alignas(kVectorBytes) A tile[kMaxVectors * kMaxPositions * lanes];
+  for (int64_t first_lane = 0; first_lane < unit.lanes; first_lane += kMaxVectors * lanes) {
+    const int vectors = int(minimum(kMaxVectors, (unit.lanes - first_lane) / lanes));
+    const A *weights[kMaxVectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t lane = first_lane + v * lanes;
+      weights[v] = unit.weights[lane / kPanelLanes] + lane % kPanelLanes;
+    }
+    for (int64_t t = band.first; t < band.last; ++t) {
+      const Tile at = find_tile(conv, rows, t);
+      const int64_t width = at.last_x - at.first_x, valid = at.last_row - at.first_row;
+      const int height = kernel_height<A>(width, valid);
+      const A *x[kMaxTileHeight];
+      TileOutput shape;
+      shape.positions = int(width) * height;
+      shape.num_segments = 0;
+      for (int h = 0; h < height; ++h) {
+        const int64_t row = minimum(at.first_row + h, at.last_row - 1);
+        x[h] = unit.cells + conv.row_cell[row] + at.first_x;
+        if (h >= valid)
+          continue;
+        const int begin = h * int(width), end = begin + int(width);
+        const int64_t output = row_output[row] - origin + at.first_x - begin;
+        Segment *previous = shape.segments + shape.num_segments - 1;
+        if (h > 0 && previous->output == output)
+          previous->end = end;
+        else
+          shape.segments[shape.num_segments++] = {begin, end, output};
+      }
+      kBlockKernels<A>.table[vectors - 1][width][height](x, unit.offsets, weights, unit.columns,
+                                                         unit.bias + first_lane, tile);
+      store_tile<D, A>(tile, vectors * lanes, shape, outputs + first_lane, adds ? adds + first_lane : nullptr,
+                       activation);
+    }
+  }
+}
+
+// Adds the residual weights to the results of every row: cells [first, first + count) of the canonical input.
+template <class T, class A>
+void run_residual(const UnitRows<T, A> &unit, const Conv &conv, int64_t first, int64_t count, A *results,
+                  int64_t stride) {
+  constexpr int lanes = kLanes<A>;
+  const int64_t vectors = (count + lanes - 1) / lanes;
+  const int64_t tiles = (vectors + kMaxResidualVectors - 1) / kMaxResidualVectors;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = vectors * t / tiles * lanes, end = vectors * (t + 1) / tiles * lanes;
+    const int64_t tile_vectors = (end - begin) / lanes;
+    // The last vector of all ends where the band ends, so that nothing past the input is read in place.
+    const int64_t last = (end > count && count >= lanes ? count - lanes : end - lanes) - begin;
+    for (int64_t lane = 0; lane < unit.lanes; ++lane) {
+      const int64_t *row = unit.table + lane * kRowFields, weights = row[kResidualCount];
+      if (row[kOutChannel] < 0 || (weights == 0 && unit.columns > 0))
+        continue;
+      kResidualKernels<A>[tile_vectors](unit.cells + first + begin, conv.offsets + row[kFirstResidual],
+                                        (const A *)conv.values + row[kFirstResidualValue], weights, last,
+                                        unit.columns > 0 ? nullptr : unit.bias + lane,
+                                        results + lane * stride + begin);
+    }
+  }
+}
+
+template <class T, class A>
+void run_unit(const Conv &conv, const Unit &unit_panels, Band band, int64_t images, const void *cells, void *output,
+              const void *add, void *results_memory) {
+  UnitRows<T, A> unit;
+  find_rows(conv, unit_panels, (const A *)cells, (T *)output, (const T *)add, unit);
+  const Activation activation = conv.shape.activation;
+  const int64_t rows = images * conv.out_height;
+  if (!unit.has_residual && unit.columns > 0) {
+    run_block<T>(conv, unit, band, rows, unit.outputs, add ? unit.adds : nullptr, conv.row_output, 0, activation);
+    return;
+  }
+  // The block part of the band waits here, as rows of cells, for the residual part.
+  const Tile begin = find_tile(conv, rows, band.first), end = find_tile(conv, rows, band.last - 1);
+  const int64_t end_cell = conv.row_cell[end.last_row - 1] + end.last_x;
+  int64_t first = conv.row_cell[begin.first_row] + begin.first_x;
+  if (conv.in_place)
+    first = minimum(first, conv.out_width - kLanes<A>);
+  const int64_t count = conv.in_place ? maximum(end_cell - first, kLanes<A>) : end_cell - first;
+  A *results = (A *)results_memory;
+  const int64_t stride = (count + 2 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  if (unit.columns > 0) {
+    A *outputs[kMaxUnitLanes];
+    for (int64_t lane = 0; lane < unit.lanes; ++lane)
+      outputs[lane] = unit.outputs[lane] ? results + lane * stride : nullptr;
+    run_block<A>(conv, unit, band, rows, outputs, (const A *const *)nullptr, conv.row_cell, first, Activation::kNone);
+  }
+  run_residual(unit, conv, first, count, results, stride);
+  for (int64_t lane = 0; lane < unit.lanes; ++lane) {
+    if (unit.outputs[lane] == nullptr)
+      continue;
+    for (int64_t row = begin.first_row; row < end.last_row; ++row) {
+      const int64_t first_x = row == begin.first_row ? begin.first_x : 0;
+      const int64_t last_x = row == end.last_row - 1 ? end.last_x : conv.out_width;
+      const int64_t at = conv.row_output[row] + first_x;
+      store_row<T, A>(results + lane * stride + conv.row_cell[row] + first_x - first, last_x - first_x,
+                      unit.outputs[lane] + at, unit.adds[lane] ? unit.adds[lane] + at : nullptr, activation);
+    }
+  }
+}
+
+} // namespace fxsparse::FXSPARSE_ISA

@@ -1,0 +1,72 @@
+"""Example inputs in every form a user may give them: a tensor, a tuple, a dict of keywords, or a shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxsparse.errors import FxsparseError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleInputs:
+    """The arguments of one call of the model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, given: Any, model: nn.Module) -> ExampleInputs | None:
+        """Read what the user gave as example inputs.
+
+        Args:
+            given: a tensor, a tuple or list of positional arguments, a dict of keyword arguments, a shape (a tuple
+                of integers: a random tensor of the model's dtype and device is drawn), or None.
+            model: tells the dtype and device for a shape.
+
+        Raises:
+            FxsparseError: it is none of these, or a tensor is on another device than the model.
+        """
+        if given is None:
+            return None
+        if isinstance(given, Tensor):
+            made = cls((given,), {})
+        elif isinstance(given, Mapping):
+            made = cls((), dict(given))
+        elif isinstance(given, Sequence) and given and all(type(v) is int for v in given):
+            made = cls((_random(tuple(given), model),), {})
+        elif isinstance(given, Sequence) and not isinstance(given, str):
+            made = cls(tuple(given), {})
+        else:
+            raise FxsparseError(
+                f"example_inputs is a {type(given).__name__}. Give a tensor, a tuple of arguments, a dict of keyword "
+                "arguments, or a shape such as (1, 3, 224, 224)."
+            )
+        made._check_devices(model)
+        return made
+
+    def run(self, model: nn.Module) -> Any:
+        """Call the model."""
+        return model(*self.args, **self.kwargs)
+
+    def _check_devices(self, model: nn.Module) -> None:
+        device = next((p.device for p in model.parameters()), None)
+        if device is None:
+            return
+        for name, value in [*enumerate(self.args), *self.kwargs.items()]:
+            if isinstance(value, Tensor) and value.device != device:
+                raise FxsparseError(
+                    f"Example input '{name}' is on {value.device}; the model is on {device}. Move one of them."
+                )
+
+
+def _random(shape: tuple[int, ...], model: nn.Module) -> Tensor:
+    if min(shape) < 0:
+        raise FxsparseError(f"The input shape {shape} has a negative size.")
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)

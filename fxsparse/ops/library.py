@@ -1,0 +1,108 @@
+"""Loads the extension libraries, or stands in for them with the pure-torch reference implementation."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxsparse.ops import reference
+
+log = logging.getLogger(__name__)
+
+_HERE = Path(__file__).parent.parent
+_BUILD_HINT = (
+    "Build it with 'pip install --no-build-isolation .' (needs g++) in a checkout of fxsparse, or install a wheel."
+)
+
+# The one source of the schemas is csrc/bind_cpu.cpp; these define the operators only where it is not built.
+SCHEMAS = {
+    "conv2d": (
+        "(Tensor input, Tensor values, Tensor columns, Tensor panels, Tensor rows, Tensor? bias, "
+        "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
+        'str padding_mode="zeros", str activation="none", Tensor? add=None) -> Tensor'
+    ),
+    "unpack": "(Tensor values, Tensor columns, Tensor panels, Tensor rows, int[] weight_shape) -> Tensor",
+    "repack": "(Tensor weight, Tensor columns, Tensor panels, Tensor rows, int values) -> Tensor",
+}
+_REFERENCE: dict[str, Callable[..., Tensor]] = {
+    "conv2d": reference.conv2d,
+    "unpack": reference.unpack,
+    "repack": reference.repack,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Capabilities:
+    """What this installation can run.
+
+    Attributes:
+        cpu: the instruction set of the CPU kernels in use ("avx512", "avx2", "baseline"), or "reference" where the
+            extension is not there.
+        cuda: True if the CUDA kernels are loaded (they load without a GPU too).
+        cpu_error: why the CPU library is not loaded, or None.
+        cuda_error: why the CUDA library is not loaded, or None.
+    """
+
+    cpu: str
+    cuda: bool
+    cpu_error: str | None
+    cuda_error: str | None
+
+
+_errors: dict[str, str | None] = {"_C": None, "_C_cuda": None}
+_fragment: torch.library.Library | None = None
+
+
+def load() -> None:
+    """Load both libraries and register the reference where there is no compiled kernel. Called once, at import."""
+    global _fragment
+    _errors["_C"] = _load_library("_C")
+    _fragment = torch.library.Library("fxsparse", "FRAGMENT")
+    if _errors["_C"] is None:
+        _errors["_C_cuda"] = _load_library("_C_cuda")
+    else:
+        _errors["_C_cuda"] = "needs the CPU library, which defines the operators"
+        for name, schema in SCHEMAS.items():
+            _fragment.define(name + schema)
+        warnings.warn(
+            f"The compiled operators of fxsparse are not available ({_errors['_C']}); a pure-torch reference runs "
+            f"instead, which is exact but not fast. {_BUILD_HINT}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    for name, implementation in _REFERENCE.items():
+        # Backend kernels take precedence over this key, so it serves exactly the devices that have none.
+        _fragment.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+def _load_library(stem: str) -> str | None:
+    path = _HERE / f"{stem}.abi3.so"
+    if not path.exists():
+        return f"{path.name} was not built"
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        log.warning("Could not load %s: %s", path, error)
+        return str(error)
+    return None
+
+
+def capabilities() -> Capabilities:
+    """Tell what this installation can run, and why not where it cannot.
+
+    Returns:
+        A `Capabilities`: the kernel set on CPU, whether the CUDA kernels are loaded, and the load errors if any.
+    """
+    cpu = "reference" if _errors["_C"] is not None else str(torch.ops.fxsparse.cpu_isa())
+    return Capabilities(cpu, _errors["_C_cuda"] is None, _errors["_C"], _errors["_C_cuda"])
+
+
+def has_kernel(device: torch.device) -> bool:
+    """Tell whether `conv2d` has a compiled kernel on this type of device."""
+    return (device.type == "cpu" and _errors["_C"] is None) or (device.type == "cuda" and _errors["_C_cuda"] is None)

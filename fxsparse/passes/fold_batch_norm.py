@@ -1,0 +1,125 @@
+"""Fold an eval-mode batch norm into the convolution before it.
+
+Frozen statistics make the pair one affine map, so the sparse operator gets one bias and the graph loses a node. Zeros
+stay zeros: a row of the weight is only scaled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.operator_schemas import normalize_function
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxsparse import sites
+from fxsparse.passes.base import PassContext, finish
+from fxsparse.sites import ConvSite
+
+_aten = torch.ops.aten
+
+
+class _Norm(NamedTuple):
+    """A batch norm with frozen statistics, y = (x - mean) / sqrt(var + eps) * weight + bias."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def fold_batch_norm(gm: GraphModule, ctx: PassContext) -> PassResult:
+    """Fold every batch norm that follows a conv site and has frozen statistics."""
+    if not ctx.settings.fold_batch_norm:
+        return PassResult(gm, False)
+    folded = 0
+    uses = _weight_uses(gm)
+    for node, site in list(sites.conv_sites(gm)):
+        if len(node.users) != 1:  # another reader needs the value before the norm
+            continue
+        if uses[site.weight] > 1 or (site.bias is not None and uses[site.bias] > 1):
+            continue  # a weight that serves several sites has one value, and their norms differ
+        user = next(iter(node.users))
+        norm = _frozen_norm(gm, user)
+        if norm is None or user.all_input_nodes[0] is not node or norm.mean.numel() != site.weight_shape[0]:
+            continue
+        _fold(gm, node, site, norm)
+        user.replace_all_uses_with(node)
+        stale = [n for n in user.all_input_nodes if n.op == "get_attr"]
+        gm.graph.erase_node(user)
+        for n in stale:
+            if not n.users:
+                gm.graph.erase_node(n)
+        folded += 1
+    result = finish(gm, ctx, {"batch norms folded": folded})
+    if folded:
+        gm.delete_all_unused_submodules()
+    return result
+
+
+def _weight_uses(gm: GraphModule) -> dict[str, int]:
+    """Count how many nodes read each parameter (get_attr nodes may be several for one parameter)."""
+    uses: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            uses[str(node.target)] = uses.get(str(node.target), 0) + len(node.users)
+    # Two names may be one tensor (tied weights).
+    by_tensor: dict[int, int] = {}
+    ids = {name: id(sites.attribute(gm, name)) for name in uses}
+    for name, count in uses.items():
+        by_tensor[ids[name]] = by_tensor.get(ids[name], 0) + count
+    return {name: by_tensor[ids[name]] for name in uses}
+
+
+def _frozen_norm(gm: GraphModule, node: Node) -> _Norm | None:
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if type(module) is not nn.BatchNorm2d or module.training or module.running_mean is None:
+            return None
+        assert module.running_var is not None
+        return _Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+    if node.op != "call_function" or node.target not in (F.batch_norm, _aten.batch_norm.default):
+        return None
+    normal = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
+    if normal is None or normal.kwargs.get("training", False) is not False:
+        return None
+    tensors = []
+    for key in ("running_mean", "running_var", "weight", "bias"):
+        value = normal.kwargs.get(key)
+        if isinstance(value, Node):
+            if value.op != "get_attr":
+                return None
+            value = sites.attribute(gm, str(value.target))
+        tensors.append(value)
+    mean, var, weight, bias = tensors
+    if mean is None or var is None or isinstance(normal.kwargs["eps"], Node):
+        return None
+    return _Norm(mean, var, weight, bias, normal.kwargs["eps"])
+
+
+def _fold(gm: GraphModule, node: Node, site: ConvSite, norm: _Norm) -> None:
+    with torch.no_grad():
+        # In double, so that the fold costs one rounding and no more.
+        scale = (norm.var.double() + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        weight = sites.attribute(gm, site.weight)
+        old_bias = 0.0 if site.bias is None else sites.attribute(gm, site.bias).double()
+        new_bias = (old_bias - norm.mean.double()) * scale
+        if norm.bias is not None:
+            new_bias = new_bias + norm.bias.double()
+        folded = (weight.double() * scale[:, None, None, None]).to(weight.dtype)
+        sites.set_attribute(gm, site.weight, nn.Parameter(folded, requires_grad=False))
+        name = site.bias or site.weight.removesuffix("weight") + "bias"
+        sites.set_attribute(gm, name, nn.Parameter(new_bias.to(weight.dtype), requires_grad=False))
+    with gm.graph.inserting_before(node):
+        bias = gm.graph.get_attr(name)
+    sites.update(node, bias=name)
+    old = node.args[2]
+    node.update_arg(2, bias)
+    if isinstance(old, Node) and not old.users:
+        gm.graph.erase_node(old)

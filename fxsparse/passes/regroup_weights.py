@@ -1,0 +1,64 @@
+"""Regroup the weight of every site that may gain from it, and say why the others stay dense."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from fxsparse import sites
+from fxsparse.passes.base import PassContext, finish
+from fxsparse.regrouping import Regrouping, Target, regroup
+from fxsparse.sites import ConvSite, Support
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Above this the cost model would have to be wrong by more than it ever was, and regrouping costs time and memory.
+HOPELESS = 1.25
+
+
+def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
+    """Give every supported site its regrouping; a weight used at two sites is regrouped once."""
+    target = ctx.settings.target or Target()
+    known: dict[tuple[int, int], Regrouping] = {}
+    for node, site in sites.conv_sites(gm):
+        weight = sites.attribute(gm, site.weight)
+        support = _support(site, weight, ctx)
+        if support.ok:
+            key = (id(weight), site.groups)
+            if key not in known:
+                known[key] = _regroup(site, weight, target, ctx)
+            estimate = known[key].cost(target) / known[key].dense_cost
+            support = _expectation(known[key], estimate)
+            sites.update(node, regrouping=known[key], estimate=estimate)
+        sites.update(node, support=support, reason=support.reason)
+    return finish(gm, ctx, {"weights regrouped": len(known)})
+
+
+def _support(site: ConvSite, weight: Tensor, ctx: PassContext) -> Support:
+    if ctx.selected is not None and site.name not in ctx.selected:
+        return Support.no("left out by the include and exclude rules")
+    if weight.dtype not in SUPPORTED_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in SUPPORTED_DTYPES)
+        return Support.no(f"weight dtype {str(weight.dtype).removeprefix('torch.')} (supported: {names})")
+    if weight.layout != torch.strided:
+        return Support.no(f"weight layout {weight.layout} (supported: torch.strided)")
+    if weight.numel() == 0:
+        return Support.no("the weight is empty")
+    return Support(True)
+
+
+def _regroup(site: ConvSite, weight: Tensor, target: Target, ctx: PassContext) -> Regrouping:
+    mask = ctx.masks.get(ctx.prefix + site.weight)
+    if mask is not None and mask.regrouping is not None and mask.regrouping.groups == site.groups:
+        return mask.regrouping
+    kept = weight.detach() != 0 if mask is None else mask.kept
+    return regroup(kept, target, groups=site.groups, cache=ctx.settings.cache)
+
+
+def _expectation(regrouping: Regrouping, estimate: float) -> Support:
+    if regrouping.kept == regrouping.dense_cost:
+        return Support.no("no zeros in the weight")
+    if estimate > HOPELESS:
+        return Support.no(f"the cost model expects {estimate:.2f}x the dense time at density {regrouping.density:.2f}")
+    return Support(True)

@@ -1,0 +1,6 @@
+"""Makes `cases` importable for the operator tests."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,103 @@
+"""regroup_weights, lower_to_sparse and the paths of a site."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import agree, build, context
+from torch import nn
+
+from fxsparse import sites
+from fxsparse.masks import WeightMask
+from fxsparse.passes import PASSES
+from fxsparse.passes.base import PassContext
+
+X = torch.randn(2, 16, 9, 9)
+
+
+def pruned_conv(density: float = 0.1, out: int = 32, **options: object) -> nn.Conv2d:
+    conv = nn.Conv2d(16, out, 3, **options)
+    conv.weight.data *= torch.rand_like(conv.weight) < density
+    return conv
+
+
+def lowered(conv: nn.Conv2d, ctx: PassContext | None = None):
+    gm = build({"conv": conv}, lambda g, x: g.call_module("conv", (x,)))
+    ctx = ctx or context()
+    for run in PASSES:
+        run(gm, ctx)
+    ((node, site),) = sites.conv_sites(gm)
+    return gm, node, site
+
+
+def test_a_pruned_convolution_becomes_a_sparse_node_with_buffers_under_its_name() -> None:
+    conv = pruned_conv()
+    gm, node, site = lowered(conv)
+    assert node.target is torch.ops.fxsparse.conv2d.default
+    assert site.path == "sparse"
+    assert {name for name, _ in gm.named_buffers()} == {
+        "conv.weight_values",
+        "conv.weight_columns",
+        "conv.weight_panels",
+        "conv.weight_rows",
+    }
+    assert agree(gm, conv(X), X)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("padding", ["same", 1])
+def test_a_path_can_be_set_back_and_forth_and_leaves_no_dead_nodes(mode: str, padding: object) -> None:
+    conv = pruned_conv(padding=padding, padding_mode=mode, bias=mode == "zeros")
+    gm, node, _ = lowered(conv)
+    sizes = {}
+    for path in ("vanilla", "sparse", "vanilla", "sparse"):
+        sites.set_path(gm, node, path)
+        gm.graph.lint()
+        gm.recompile()
+        assert sites.site_of(node).path == path
+        assert agree(gm, conv(X), X)
+        sizes.setdefault(path, len(gm.graph.nodes))
+        assert len(gm.graph.nodes) == sizes[path]
+        assert all(n.users or n.op == "output" for n in gm.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (nn.Conv2d(16, 32, 3), "no zeros in the weight"),
+        (pruned_conv(0.5, out=3), r"the cost model expects 1\.\d\dx the dense time at density 0\.[45]"),
+        (pruned_conv().to(torch.float8_e5m2), "weight dtype float8_e5m2 .supported: float32, float64,"),
+    ],
+)
+def test_what_stays_dense_says_why(conv: nn.Conv2d, reason: str) -> None:
+    gm, node, site = lowered(conv)
+    assert (site.path, site.packed, node.target) == ("vanilla", None, torch.conv2d)
+    assert not site.support.ok
+    assert re.search(reason, site.reason)
+
+
+def test_a_convolution_left_out_by_the_rules_says_so() -> None:
+    ctx = context()
+    ctx.selected = frozenset({"other"})
+    _, _, site = lowered(pruned_conv(), ctx)
+    assert site.reason == "left out by the include and exclude rules"
+
+
+def test_a_given_mask_wins_over_the_zeros_of_the_weight() -> None:
+    conv = pruned_conv()
+    kept = (conv.weight != 0) | (torch.rand_like(conv.weight) < 0.05)
+    ctx = context()
+    ctx.masks = {"conv.weight": WeightMask(kept, None, "masks")}
+    _, _, site = lowered(conv, ctx)
+    assert site.density == pytest.approx(kept.float().mean().item())
+
+
+def test_an_empty_mask_leaves_the_bias() -> None:
+    conv = nn.Conv2d(16, 32, 3)
+    conv.weight.data.zero_()
+    gm, _, site = lowered(conv)
+    assert site.path == "sparse"
+    assert agree(gm, F.conv2d(X, conv.weight, conv.bias), X)
