@@ -115,7 +115,7 @@ def compare(
 def dense_arms(model: nn.Module, x: Tensor, *, compiled: bool) -> dict[str, Arm]:
     """Return the dense ways to run a model on an input, batch norms folded."""
     folded = fuse(model)
-    last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
+    last = copy.deepcopy(folded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
     arms: dict[str, Arm] = {
         "dense eager": lambda: folded(x),

@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.tflite_layers import Add, DepthToSpace, Pad, Reshape, Resize, Step, TFLiteNet
 
 Array = npt.NDArray[Any]
-_DTYPES = {
+_DTYPES: dict[int, np.dtype[Any]] = {
     tflite.TensorType.FLOAT32: np.dtype("<f4"),
     tflite.TensorType.FLOAT16: np.dtype("<f2"),
     tflite.TensorType.INT32: np.dtype("<i4"),
@@ -75,7 +75,7 @@ class _Reader:
 
     def _name(self, op: tflite.Operator) -> str:
         code = self.model.OperatorCodes(op.OpcodeIndex())
-        return _OPERATORS[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
+        return str(_OPERATORS[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())])
 
     def shape(self, index: int) -> tuple[int, ...]:
         tensor = self.graph.Tensors(index)
@@ -90,7 +90,7 @@ class _Reader:
                 raise ValueError(f"Tensor {index} is no constant.")
             if tensor.Type() not in _DTYPES:
                 raise ValueError(f"Tensor {index} has the data type {tensor.Type()}, which is not supported.")
-            values = raw.view(_DTYPES[tensor.Type()])
+            values: Array = raw.view(_DTYPES[tensor.Type()])
             sparsity = tensor.Sparsity()
             dense = values if sparsity is None else _densify(values, sparsity, self.shape(index))
             self.constants[index] = dense.reshape(self.shape(index))
@@ -233,7 +233,7 @@ def _conv(reader: _Reader, op: tflite.Operator, name: str) -> None:
 
 
 def _pad(reader: _Reader, op: tflite.Operator) -> None:
-    batch, height, width, channels = (tuple(map(int, pair)) for pair in reader.constant(int(op.Inputs(1))))
+    batch, height, width, channels = ((int(a), int(b)) for a, b in reader.constant(int(op.Inputs(1))))
     source, output = int(op.Inputs(0)), int(op.Outputs(0))
     if batch != (0, 0):
         raise ValueError(f"PAD of the batch by {batch} is not supported.")

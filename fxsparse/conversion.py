@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from fxsparse import names
+from fxsparse import names, sites
 from fxsparse.capture import Captured, capture
 from fxsparse.inputs import ExampleInputs
 from fxsparse.masks import BakedModel, bake
@@ -17,6 +17,7 @@ from fxsparse.passes import PASSES
 from fxsparse.passes.base import PassContext
 from fxsparse.passes.calibrate import calibrate
 from fxsparse.passes.lower_to_sparse import NOT_MEASURED
+from fxsparse.passes.normalize_convs import why_no_site
 from fxsparse.report import Report, Row, refresh
 from fxsparse.settings import Settings
 
@@ -66,7 +67,7 @@ def _select(model: nn.Module, settings: Settings) -> frozenset[str]:
     """Apply the include and exclude rules to the names that conv sites can have."""
     known = list(
         dict.fromkeys(
-            name.removesuffix("weight").rstrip(".") or name
+            sites.name_of(name)
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if parameter.dim() == 4
         )
@@ -80,12 +81,13 @@ def _run_passes(
 ) -> list[tuple[str, str]]:
     """Run the passes over every graph; return the convolutions that are no conv sites, with the reason."""
     others: list[tuple[str, str]] = []
-    for prefix, gm in tqdm(
-        captured.graphs,
-        desc="Converting",
-        disable=not settings.progress or len(captured.graphs) == 1,
-        leave=False,
-    ):
+    if captured.rung == "modules":  # what was not swapped is in no graph
+        for path, module in captured.model.named_modules():
+            reason = why_no_site(module)
+            if reason is not None:
+                others.append((path, reason))
+    quiet = not settings.progress or len(captured.graphs) < 2
+    for prefix, gm in tqdm(captured.graphs, desc="Converting", unit="conv", disable=quiet, leave=False):
         ctx = PassContext(settings, baked.masks, prefix, selected=selected)
         for run in PASSES:
             run(gm, ctx)

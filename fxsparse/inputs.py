@@ -54,9 +54,10 @@ class ExampleInputs:
         return model(*self.args, **self.kwargs)
 
     def _check_devices(self, model: nn.Module) -> None:
-        device = next((p.device for p in model.parameters()), None)
-        if device is None:
+        devices = {p.device for p in model.parameters()}
+        if len(devices) != 1:  # without parameters any device does; over several, the model moves its inputs itself
             return
+        (device,) = devices
         for name, value in [*enumerate(self.args), *self.kwargs.items()]:
             if isinstance(value, Tensor) and value.device != device:
                 raise FxsparseError(

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from fxsparse.regrouping import Regrouping
 
 META = "fxsparse"
+FOLDED = "_folded"  # ends the name of a weight that fold_constant_weights made
 PACKED_SUFFIXES = ("_values", "_columns", "_panels", "_rows")
 
 
@@ -86,6 +87,12 @@ class ConvSite:
         if self.packed is None:
             raise ValueError(f"The site '{self.name}' has no packed weight: {self.reason or 'not lowered'}")
         return tuple(self.packed + suffix for suffix in PACKED_SUFFIXES)
+
+
+def name_of(weight: str) -> str:
+    """Return a conv site's name: the module that owns the weight, or the parameter itself where none does."""
+    plain = weight.rstrip("_").removesuffix(FOLDED)
+    return plain.removesuffix(".weight")
 
 
 def is_plain_conv(module: nn.Module) -> bool:

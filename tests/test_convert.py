@@ -232,3 +232,32 @@ def test_conv1d_and_transposed_convolutions_have_a_row_with_their_reason() -> No
     reasons = {row.name: row.reason for row in fast.report.rows}
     assert reasons["up"] == "transposed convolution (supported: 2-D convolution)"
     assert reasons["conv"] == "no zeros in the weight"
+
+
+def test_module_by_module_lists_the_convolutions_that_it_does_not_swap() -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), Doubled(16, 4, 3), nn.ConvTranspose2d(4, 4, 2)).eval()
+    masks = {"0": torch.rand(16, 3, 3, 3) < 0.1}
+    fast = convert(model, masks, capture="modules")
+    reasons = {row.name: row.reason for row in fast.report.rows}
+    assert reasons["1"] == "Doubled changes what nn.Conv2d computes at every call"
+    assert reasons["2"] == "transposed convolution (supported: 2-D convolution)"
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert error_in_float64(fast(x), masked_dense(model, masks), x) < 1e-6
+
+
+def test_a_parameter_whose_name_ends_in_weight_keeps_its_name() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.edge_weight = nn.Parameter(torch.randn(16, 4, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.conv2d(x, self.edge_weight)
+
+    fast = convert(Functional().eval(), {"edge_weight": torch.rand(16, 4, 3, 3) < 0.1})
+    assert fast.report.row("edge_weight").path == "sparse"

@@ -28,7 +28,7 @@ from fxsparse.timing import Timing
 
 ROUNDS = (0.55, 0.25, 0.10)
 BATCHES = (1, 64)
-EPOCHS = 6
+EPOCHS = 5
 QUICK_EPOCHS = 5
 
 

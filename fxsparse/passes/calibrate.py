@@ -156,8 +156,8 @@ def _check_paths_agree(gm: GraphModule, site: ConvSite, source: Tensor) -> None:
     if not float(error) <= allowed:
         raise FxsparseError(
             f"The sparse path of '{site.name}' differs from the vanilla one by {float(error):.3g} (allowed "
-            f"{allowed:.3g}) at input {tuple(source.shape)}, {source.dtype}. This is a bug of fxsparse: please report it, "
-            f"and leave the convolution out with exclude=('{site.name}',)."
+            f"{allowed:.3g}) at input {tuple(source.shape)}, {source.dtype}. This is a bug of fxsparse: please report "
+            f"it, and leave the convolution out with Settings(exclude=('{site.name}',))."
         )
 
 

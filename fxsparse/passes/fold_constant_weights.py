@@ -82,7 +82,7 @@ def _evaluate(gm: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
 def _fresh_name(gm: GraphModule, source: str) -> str:
     owner, _, leaf = source.rpartition(".")
     module = gm.get_submodule(owner)
-    candidate = f"{leaf}_folded"
+    candidate = leaf + sites.FOLDED
     while hasattr(module, candidate):
         candidate += "_"
     return f"{owner}.{candidate}" if owner else candidate

@@ -59,17 +59,23 @@ def normalize_convs(gm: GraphModule, ctx: PassContext) -> PassResult:
     return finish(gm, ctx, {"convolutions normalized": normalized})
 
 
+def why_no_site(module: nn.Module) -> str | None:
+    """Return why a convolution module is no conv site; None if it is one, or is no convolution."""
+    for kind, what in _OTHER_MODULES.items():
+        if isinstance(module, kind):
+            return _other_reason(what)
+    if isinstance(module, nn.Conv2d) and not sites.is_plain_conv(module):
+        return f"{type(module).__name__} changes what nn.Conv2d computes at every call"
+    return None
+
+
 def _normalize_module(gm: GraphModule, node: Node, ctx: PassContext) -> bool:
     path = str(node.target)
     module = gm.get_submodule(path)
-    for kind, what in _OTHER_MODULES.items():
-        if isinstance(module, kind):
-            ctx.others.append((ctx.full_name(path), _other_reason(what)))
-    if not isinstance(module, nn.Conv2d):
-        return False
+    reason = why_no_site(module)
+    if reason is not None:
+        ctx.others.append((ctx.full_name(path), reason))
     if not sites.is_plain_conv(module):
-        what = type(module).__name__
-        ctx.others.append((ctx.full_name(path), f"{what} changes what nn.Conv2d computes at every call"))
         return False
     site = sites.from_module(module, f"{path}.weight", f"{path}.bias")
     source = node.args[0] if node.args else node.kwargs["input"]
@@ -105,7 +111,7 @@ def _normalize_function(gm: GraphModule, node: Node, ctx: PassContext) -> bool:
     o, c, kh, kw = value.shape
     dilations = sites.pair(1 if dilation is None else dilation)
     site = ConvSite(
-        name=str(weight.target).removesuffix("weight").rstrip(".") or str(weight.target),
+        name=sites.name_of(str(weight.target)),
         weight=str(weight.target),
         bias=None if bias is None else str(bias.target),
         weight_shape=(o, c, kh, kw),
@@ -153,8 +159,8 @@ def _other_reason(what: str) -> str:
 
 
 def _other_name(node: Node, ctx: PassContext) -> str:
-    """Return the name of the weight's module where there is one, else the node's."""
+    """Return the name that the weight gives where there is one, else the node's."""
     for argument in node.all_input_nodes:
         if argument.op == "get_attr" and str(argument.target).endswith("weight"):
-            return ctx.full_name(str(argument.target).removesuffix("weight").rstrip("."))
+            return ctx.full_name(sites.name_of(str(argument.target)))
     return ctx.full_name(node.name)

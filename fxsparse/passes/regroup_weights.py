@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
+from tqdm import tqdm
 
 from fxsparse import sites
 from fxsparse.passes.base import PassContext, finish
@@ -21,7 +22,9 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
     """Give every supported site its regrouping; a weight used at two sites is regrouped once."""
     target = ctx.settings.target or Target()
     known: dict[tuple[int, int], Regrouping] = {}
-    for node, site in sites.conv_sites(gm):
+    found = list(sites.conv_sites(gm))
+    quiet = not ctx.settings.progress or len(found) < 2
+    for node, site in tqdm(found, desc="Regrouping", unit="conv", disable=quiet, leave=False):
         weight = sites.attribute(gm, site.weight)
         support = _support(site, weight, ctx)
         if support.ok:
