@@ -3,9 +3,9 @@
 A deep network multiplies rounding errors, by how much depends on its weights, so no fixed tolerance is
 honest. The masked dense model in the dtype at hand and the same in the next wider computation (float64 for
 float32) differ by that rounding alone; call it r. The converted model sums in another order, so it is off
-by another r, and the two differ by up to 2 r on average. The largest of many thousand outputs varies by a
-few times that from draw to draw: `FACTOR` r is allowed, and `FLOOR` ulps for models too shallow to show a
-stable r.
+by another r, and the two differ by up to 2 r; over the 130 models of the zoos the worst was 2.1 r. `FACTOR` r is
+allowed, because the largest of a thousand outputs varies from draw to draw, and `FLOOR` eps for models too shallow
+to show a stable r.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-FACTOR = 8
-FLOOR = 32
+FACTOR = 4
+FLOOR = 8
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 
 import fxsparse
 from benchmarks import models
 from benchmarks.agreement import allowed_error, largest_error, own_error
+from fxsparse import sites
 
 # A conversion's peak in bytes per parameter: two copies, the float64 reference and the regrouping's tables.
 _BYTES_PER_PARAMETER = 22
@@ -46,6 +49,7 @@ class Entry:
         notes: of the report.
         convolutions, sparse: rows of the report, and those that run sparse.
         dense_reasons: how often each reason keeps a convolution dense.
+        norms_left: batch norms that still stand directly behind a convolution, unfolded; None without a graph.
         rel_err, allowed: see `agreement.py`.
         seconds: wall-clock time of the conversion; total: of everything.
     """
@@ -62,6 +66,7 @@ class Entry:
     convolutions: int | None = None
     sparse: int | None = None
     dense_reasons: dict[str, int] = dataclasses.field(default_factory=dict)
+    norms_left: int | None = None
     rel_err: float | None = None
     allowed: float | None = None
     seconds: float | None = None
@@ -143,6 +148,7 @@ def _convert_one(entry: Entry, arguments: argparse.Namespace) -> None:
     entry.rung, entry.refused, entry.notes = report.rung, report.refused, list(report.notes)
     entry.convolutions, entry.sparse = len(report.rows), report.sparse
     entry.dense_reasons = dict(Counter(row.reason for row in report.rows if row.path != "sparse"))
+    entry.norms_left = _norms_left(converted)
     entry.rel_err = _error(converted, fresh, wanted)
     if entry.rel_err <= entry.allowed:
         entry.status = "ok"
@@ -171,6 +177,20 @@ def _error(converted: nn.Module, fresh: Tensor, wanted: Any) -> float:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
+def _norms_left(converted: nn.Module) -> int | None:
+    if not isinstance(converted, GraphModule):
+        return None
+    functions = (F.batch_norm, torch.batch_norm, torch.ops.aten.batch_norm.default)
+
+    def is_norm(node: Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(converted.get_submodule(str(node.target)), nn.BatchNorm2d)
+        return node.op == "call_function" and node.target in functions
+
+    norms = [node for node in converted.graph.nodes if is_norm(node)]
+    return sum(sites.site_of(norm.all_input_nodes[0]) is not None for norm in norms)
+
+
 def _rows(output: Any, part: slice) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda t: t[part], output)
 
@@ -194,7 +214,7 @@ def counts(entries: list[Entry]) -> dict[str, dict[str, int]]:
 
 def render(entries: list[Entry]) -> str:
     """Return the table, the reasons why models fell to a later rung, the failures and the counts."""
-    headers = ("model", "pixels", "rung", "sites", "sparse", "rel err", "allowed", "convert s", "status")
+    headers = ("model", "pixels", "rung", "sites", "sparse", "norms", "rel err", "allowed", "convert s", "status")
     lines = [tabulate([_cells(e) for e in entries], headers=headers, disable_numparse=True), ""]
     for entry in entries:
         lines += [f"{entry.name}: rung '{rung}' refused: {why}" for rung, why in entry.refused.items()]
@@ -219,6 +239,7 @@ def _cells(entry: Entry) -> list[str]:
         entry.rung,
         number(entry.convolutions, "d"),
         number(entry.sparse, "d"),
+        number(entry.norms_left, "d"),
         number(entry.rel_err, ".1e"),
         number(entry.allowed, ".1e"),
         number(entry.seconds, ".1f"),

@@ -56,9 +56,7 @@ template <typename Body> cudaError_t with_element_type(const Tensor &tensor, con
   }
 }
 
-template <typename T> const T *pointer(const Tensor &tensor) {
-  return static_cast<const T *>(tensor.const_data_ptr());
-}
+template <typename T> const T *pointer(const Tensor &tensor) { return static_cast<const T *>(tensor.const_data_ptr()); }
 
 // Holds contiguous tables for as long as their pointers are in use (they are contiguous already unless a user
 // made them otherwise).
@@ -77,13 +75,12 @@ struct Tables {
 
 Tensor conv2d_cuda(const Tensor &input, const Tensor &values, const Tensor &columns, const Tensor &panels,
                    const Tensor &rows, const std::optional<Tensor> &bias, IntHeaderOnlyArrayRef weight_shape,
-                   IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
-                   IntHeaderOnlyArrayRef dilation, int64_t groups, const std::string &padding_mode,
-                   const std::string &activation, const std::optional<Tensor> &add) {
+                   IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation,
+                   int64_t groups, const std::string &padding_mode, const std::string &activation,
+                   const std::optional<Tensor> &add) {
   check_cuda("input", input);
-  const Conv2dGeometry geometry =
-      check_conv2d(input, values, columns, panels, rows, bias, weight_shape, stride, padding, dilation,
-                   groups, padding_mode, activation, add);
+  const Conv2dGeometry geometry = check_conv2d(input, values, columns, panels, rows, bias, weight_shape, stride,
+                                               padding, dilation, groups, padding_mode, activation, add);
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const Tensor output = torch::stable::new_empty(input, output_shape(geometry, input));
   if (output.numel() == 0)
@@ -100,9 +97,9 @@ Tensor conv2d_cuda(const Tensor &input, const Tensor &values, const Tensor &colu
   const cudaStream_t stream = current_stream(input);
   check_launch(with_element_type(input, [&](auto *element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    const cuda::Conv2dTensors<T> tensors{
-        pointer<T>(input_c), pointer<T>(values_c), bias_c ? pointer<T>(*bias_c) : nullptr,
-        add_c ? pointer<T>(*add_c) : nullptr, static_cast<T *>(output.mutable_data_ptr())};
+    const cuda::Conv2dTensors<T> tensors{pointer<T>(input_c), pointer<T>(values_c),
+                                         bias_c ? pointer<T>(*bias_c) : nullptr, add_c ? pointer<T>(*add_c) : nullptr,
+                                         static_cast<T *>(output.mutable_data_ptr())};
     return cuda::launch_conv2d<T>(geometry, tables.pointers(values.numel()), tensors, stream);
   }));
   return output;
@@ -121,8 +118,8 @@ Tensor unpack_cuda(const Tensor &values, const Tensor &columns, const Tensor &pa
   const cudaStream_t stream = current_stream(values);
   check_launch(with_element_type(values, [&](auto *element) {
     using T = std::remove_pointer_t<decltype(element)>;
-    return cuda::launch_unpack<T>(tables.pointers(values.numel()), weight_shape[0], row_columns,
-                                  pointer<T>(values_c), static_cast<T *>(weight.mutable_data_ptr()), stream);
+    return cuda::launch_unpack<T>(tables.pointers(values.numel()), weight_shape[0], row_columns, pointer<T>(values_c),
+                                  static_cast<T *>(weight.mutable_data_ptr()), stream);
   }));
   return weight;
 }

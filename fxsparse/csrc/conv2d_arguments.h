@@ -40,22 +40,19 @@ inline std::string device_text(const Tensor &tensor) {
   return "another type of device";
 }
 
-inline void check_same_device(const char *name, const Tensor &tensor, const char *anchor_name,
-                              const Tensor &anchor) {
-  STD_TORCH_CHECK(tensor.device() == anchor.device(), "'", name, "' is on ", device_text(tensor),
-                  ", expected ", device_text(anchor), ", where '", anchor_name, "' is");
+inline void check_same_device(const char *name, const Tensor &tensor, const char *anchor_name, const Tensor &anchor) {
+  STD_TORCH_CHECK(tensor.device() == anchor.device(), "'", name, "' is on ", device_text(tensor), ", expected ",
+                  device_text(anchor), ", where '", anchor_name, "' is");
 }
 
 inline void check_float_dtype(const char *name, const Tensor &tensor) {
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
                       type == ScalarType::BFloat16,
-                  "'", name, "' has dtype ", toString(type),
-                  ", expected float32, float64, bfloat16 or float16");
+                  "'", name, "' has dtype ", toString(type), ", expected float32, float64, bfloat16 or float16");
 }
 
-inline void check_like(const char *name, const Tensor &tensor, const char *anchor_name,
-                       const Tensor &anchor) {
+inline void check_like(const char *name, const Tensor &tensor, const char *anchor_name, const Tensor &anchor) {
   check_same_device(name, tensor, anchor_name, anchor);
   STD_TORCH_CHECK(tensor.scalar_type() == anchor.scalar_type(), "'", name, "' has dtype ",
                   toString(tensor.scalar_type()), ", expected that of '", anchor_name, "', ",
@@ -63,11 +60,10 @@ inline void check_like(const char *name, const Tensor &tensor, const char *ancho
 }
 
 inline void check_list(const char *name, IntHeaderOnlyArrayRef list, size_t length, int64_t least) {
-  STD_TORCH_CHECK(list.size() == length, "'", name, "' is ", list_text(list), ", expected ", length,
-                  " integers");
+  STD_TORCH_CHECK(list.size() == length, "'", name, "' is ", list_text(list), ", expected ", length, " integers");
   for (const int64_t entry : list)
-    STD_TORCH_CHECK(entry >= least && entry <= std::numeric_limits<int32_t>::max(), "'", name, "' is ",
-                    list_text(list), ", expected every entry to be at least ", least, " and below 2^31");
+    STD_TORCH_CHECK(entry >= least && entry <= std::numeric_limits<int32_t>::max(), "'", name, "' is ", list_text(list),
+                    ", expected every entry to be at least ", least, " and below 2^31");
 }
 
 // Checks (O, C / groups, kh, kw) and returns the columns of the weight matrix.
@@ -76,38 +72,36 @@ inline int64_t checked_row_columns(IntHeaderOnlyArrayRef weight_shape) {
   int64_t columns = 1;
   for (size_t i = 1; i < 4; ++i) {
     columns *= weight_shape[i]; // both below 2^31, so that the product cannot overflow
-    STD_TORCH_CHECK(columns <= std::numeric_limits<int32_t>::max(), "'weight_shape' is ",
-                    list_text(weight_shape),
+    STD_TORCH_CHECK(columns <= std::numeric_limits<int32_t>::max(), "'weight_shape' is ", list_text(weight_shape),
                     ", whose rows have more than 2^31 - 1 weights, the most that int32 column indices reach");
   }
   return columns;
 }
 
 inline void check_vector(const char *name, const Tensor &tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 1, "'", name, "' has shape ", list_text(tensor.sizes()),
-                  ", expected one dimension");
+  STD_TORCH_CHECK(tensor.dim() == 1, "'", name, "' has shape ", list_text(tensor.sizes()), ", expected one dimension");
 }
 
 inline void check_table(const char *name, const Tensor &table, int64_t width) {
-  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long, "'", name, "' has dtype ",
-                  toString(table.scalar_type()), ", expected Long");
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == width, "'", name, "' has shape ",
-                  list_text(table.sizes()), ", expected (any, ", width, ")");
+  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long, "'", name, "' has dtype ", toString(table.scalar_type()),
+                  ", expected Long");
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == width, "'", name, "' has shape ", list_text(table.sizes()),
+                  ", expected (any, ", width, ")");
 }
 
-inline void check_tables(const Tensor &columns, const Tensor &panels, const Tensor &rows,
-                         const char *anchor_name, const Tensor &anchor) {
+inline void check_tables(const Tensor &columns, const Tensor &panels, const Tensor &rows, const char *anchor_name,
+                         const Tensor &anchor) {
   check_same_device("columns", columns, anchor_name, anchor);
   check_same_device("panels", panels, anchor_name, anchor);
   check_same_device("rows", rows, anchor_name, anchor);
-  STD_TORCH_CHECK(columns.scalar_type() == ScalarType::Int, "'columns' has dtype ",
-                  toString(columns.scalar_type()), ", expected Int");
+  STD_TORCH_CHECK(columns.scalar_type() == ScalarType::Int, "'columns' has dtype ", toString(columns.scalar_type()),
+                  ", expected Int");
   check_vector("columns", columns);
   check_table("panels", panels, kPanelFields);
   check_table("rows", rows, kRowFields);
   const int64_t lanes = panels.size(0) * kPanelLanes;
-  STD_TORCH_CHECK(rows.size(0) == lanes, "'rows' has shape ", list_text(rows.sizes()), ", expected (", lanes,
-                  ", ", int64_t(kRowFields), "): ", kPanelLanes, " for each of ", panels.size(0), " panels");
+  STD_TORCH_CHECK(rows.size(0) == lanes, "'rows' has shape ", list_text(rows.sizes()), ", expected (", lanes, ", ",
+                  int64_t(kRowFields), "): ", kPanelLanes, " for each of ", panels.size(0), " panels");
 }
 
 inline PaddingMode padding_mode_of(const std::string &name) {
@@ -146,15 +140,15 @@ inline void check_pad(int64_t pad, int64_t size, PaddingMode mode) {
 }
 
 // `axis` is "height" or "width".
-inline int64_t checked_output_size(const char *axis, int64_t size, int64_t before, int64_t after,
-                                   int64_t kernel, int64_t stride, int64_t dilation) {
+inline int64_t checked_output_size(const char *axis, int64_t size, int64_t before, int64_t after, int64_t kernel,
+                                   int64_t stride, int64_t dilation) {
   const int64_t most = std::numeric_limits<int32_t>::max();
-  STD_TORCH_CHECK(size <= most - before - after, "The ", axis, " of the padded input is ", size, " + ",
-                  before, " + ", after, ", expected it below 2^31");
+  STD_TORCH_CHECK(size <= most - before - after, "The ", axis, " of the padded input is ", size, " + ", before, " + ",
+                  after, ", expected it below 2^31");
   const int64_t padded = size + before + after;
   const int64_t reach = dilation * (kernel - 1) + 1;
-  STD_TORCH_CHECK(padded >= reach, "The ", axis, " of the padded input is ", padded, ", expected at least ",
-                  reach, ", what the kernel covers");
+  STD_TORCH_CHECK(padded >= reach, "The ", axis, " of the padded input is ", padded, ", expected at least ", reach,
+                  ", what the kernel covers");
   return (padded - reach) / stride + 1;
 }
 
@@ -167,8 +161,8 @@ inline std::vector<int64_t> output_shape(const Conv2dGeometry &g, const Tensor &
 
 inline Conv2dGeometry checked_geometry(const Tensor &input, IntHeaderOnlyArrayRef weight_shape,
                                        IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
-                                       IntHeaderOnlyArrayRef dilation, int64_t groups,
-                                       const std::string &padding_mode, const std::string &activation) {
+                                       IntHeaderOnlyArrayRef dilation, int64_t groups, const std::string &padding_mode,
+                                       const std::string &activation) {
   check_float_dtype("input", input);
   const int64_t dim = input.dim();
   STD_TORCH_CHECK(dim == 3 || dim == 4, "'input' has shape ", list_text(input.sizes()),
@@ -195,8 +189,8 @@ inline Conv2dGeometry checked_geometry(const Tensor &input, IntHeaderOnlyArrayRe
   g.pad_left = padding[2];
   g.pad_right = padding[3];
   g.groups = groups;
-  STD_TORCH_CHECK(groups >= 1 && g.out_channels % groups == 0, "'groups' is ", groups,
-                  ", expected a divisor of the ", g.out_channels, " output channels");
+  STD_TORCH_CHECK(groups >= 1 && g.out_channels % groups == 0, "'groups' is ", groups, ", expected a divisor of the ",
+                  g.out_channels, " output channels");
   STD_TORCH_CHECK(g.in_channels % groups == 0 && g.in_channels / groups == g.group_channels, "'input' has ",
                   g.in_channels, " channels, expected ", groups, " groups of ", g.group_channels,
                   ", as 'weight_shape' ", list_text(weight_shape), " says");
@@ -204,19 +198,18 @@ inline Conv2dGeometry checked_geometry(const Tensor &input, IntHeaderOnlyArrayRe
   g.activation = activation_of(activation);
   for (size_t side = 0; side < 4; ++side)
     check_pad(padding[side], side < 2 ? g.in_height : g.in_width, g.padding_mode);
-  g.out_height = checked_output_size("height", g.in_height, g.pad_top, g.pad_bottom, g.kernel_height,
-                                     g.stride_y, g.dilation_y);
-  g.out_width = checked_output_size("width", g.in_width, g.pad_left, g.pad_right, g.kernel_width, g.stride_x,
-                                    g.dilation_x);
+  g.out_height =
+      checked_output_size("height", g.in_height, g.pad_top, g.pad_bottom, g.kernel_height, g.stride_y, g.dilation_y);
+  g.out_width =
+      checked_output_size("width", g.in_width, g.pad_left, g.pad_right, g.kernel_width, g.stride_x, g.dilation_x);
   return g;
 }
 
 // Checks everything `conv2d` is given and returns the numbers of the call.
 inline Conv2dGeometry check_conv2d(const Tensor &input, const Tensor &values, const Tensor &columns,
-                                   const Tensor &panels, const Tensor &rows,
-                                   const std::optional<Tensor> &bias, IntHeaderOnlyArrayRef weight_shape,
-                                   IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
-                                   IntHeaderOnlyArrayRef dilation, int64_t groups,
+                                   const Tensor &panels, const Tensor &rows, const std::optional<Tensor> &bias,
+                                   IntHeaderOnlyArrayRef weight_shape, IntHeaderOnlyArrayRef stride,
+                                   IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t groups,
                                    const std::string &padding_mode, const std::string &activation,
                                    const std::optional<Tensor> &add) {
   const Conv2dGeometry g =
@@ -224,26 +217,26 @@ inline Conv2dGeometry check_conv2d(const Tensor &input, const Tensor &values, co
   check_tables(columns, panels, rows, "input", input);
   check_vector("values", values);
   check_like("values", values, "input", input);
-  STD_TORCH_CHECK(rows.size(0) >= g.out_channels, "'rows' has ", rows.size(0),
-                  " lanes, expected at least the ", g.out_channels, " output channels");
+  STD_TORCH_CHECK(rows.size(0) >= g.out_channels, "'rows' has ", rows.size(0), " lanes, expected at least the ",
+                  g.out_channels, " output channels");
   if (bias.has_value()) {
     check_like("bias", *bias, "input", input);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == g.out_channels, "'bias' has shape ",
-                    list_text(bias->sizes()), ", expected (", g.out_channels, ")");
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == g.out_channels, "'bias' has shape ", list_text(bias->sizes()),
+                    ", expected (", g.out_channels, ")");
   }
   if (add.has_value()) {
     check_like("add", *add, "input", input);
     const std::vector<int64_t> expected = output_shape(g, input);
     const auto found = add->sizes();
-    STD_TORCH_CHECK(std::vector<int64_t>(found.begin(), found.end()) == expected, "'add' has shape ",
-                    list_text(found), ", expected that of the output, ", list_text(expected));
+    STD_TORCH_CHECK(std::vector<int64_t>(found.begin(), found.end()) == expected, "'add' has shape ", list_text(found),
+                    ", expected that of the output, ", list_text(expected));
   }
   return g;
 }
 
 // Both return the columns of the weight matrix.
-inline int64_t check_unpack(const Tensor &values, const Tensor &columns, const Tensor &panels,
-                            const Tensor &rows, IntHeaderOnlyArrayRef weight_shape) {
+inline int64_t check_unpack(const Tensor &values, const Tensor &columns, const Tensor &panels, const Tensor &rows,
+                            IntHeaderOnlyArrayRef weight_shape) {
   check_float_dtype("values", values);
   const int64_t row_columns = checked_row_columns(weight_shape);
   check_tables(columns, panels, rows, "values", values);
@@ -251,8 +244,8 @@ inline int64_t check_unpack(const Tensor &values, const Tensor &columns, const T
   return row_columns;
 }
 
-inline int64_t check_repack(const Tensor &weight, const Tensor &columns, const Tensor &panels,
-                            const Tensor &rows, int64_t values) {
+inline int64_t check_repack(const Tensor &weight, const Tensor &columns, const Tensor &panels, const Tensor &rows,
+                            int64_t values) {
   check_float_dtype("weight", weight);
   STD_TORCH_CHECK(weight.dim() == 4, "'weight' has shape ", list_text(weight.sizes()),
                   ", expected (O, C / groups, kh, kw)");

@@ -243,7 +243,7 @@ def test_torch_compile_takes_it_whole_with_dynamic_shapes() -> None:
     [
         ({0: lambda c: c.input.double()}, "Double|float64|dtype"),
         ({0: lambda c: c.input[:, :5]}, "channels"),
-        ({0: lambda c: c.input[0, 0]}, "dim"),
+        ({0: lambda c: c.input[0, 0]}, "expected .N, C, H, W. or .C, H, W."),
         ({5: lambda c: torch.zeros(3)}, "bias"),
         ({7: lambda c: [1]}, "stride"),
         ({7: lambda c: [0, 1]}, "stride"),

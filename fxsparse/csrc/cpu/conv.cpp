@@ -42,9 +42,7 @@ const KernelSet &kernels_for(Dtype dtype) {
 }
 
 int64_t accumulator_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
-int64_t storage_bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
+int64_t storage_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
 // Zero padding is shared: the zeros that end a row are those that begin the next, if that makes the row shorter.
 Axis make_axis(int64_t input, int64_t before, int64_t after, int64_t kernel, int64_t stride, int64_t dilation,
@@ -106,9 +104,7 @@ void plan_groups(const ConvShape &s, int64_t threads, Conv &c) {
   c.buffer_elements = c.in_place ? 0 : s.channels * c.channel_stride + slack;
 }
 
-int64_t group_tiles(const Conv &c, int64_t images) {
-  return ceil_div(images * c.out_height, c.tile_height) * c.pieces;
-}
+int64_t group_tiles(const Conv &c, int64_t images) { return ceil_div(images * c.out_height, c.tile_height) * c.pieces; }
 
 // Cells that a band spans, at most.
 int64_t band_cells(const Conv &c, int64_t tiles) {
@@ -313,8 +309,7 @@ int64_t plan_conv(const ConvShape &shape, const PackedWeight &weight, int64_t th
   return plan_scratch(shape, weight, plan);
 }
 
-void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *scratch,
-              ParallelFor parallel) {
+void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *scratch, ParallelFor parallel) {
   plan.panels = weight.panels;
   plan.rows = weight.rows;
   plan.bias = tensors.bias;

@@ -1,20 +1,11 @@
 // The sparse convolution on a CPU, as the binding sees it: plain shapes and pointers in, no torch.
 #pragma once
 
-#include <cstdint>
+#include "conv2d_geometry.h"
 
 namespace fxsparse {
 
 enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
-enum class PaddingMode { kZeros, kReflect, kReplicate, kCircular };
-enum class Activation { kNone, kRelu, kRelu6, kSilu, kHardswish };
-
-constexpr int64_t kPanelLanes = 16;
-
-// Columns of the tables that docs/architecture.md defines.
-enum PanelField { kFirstColumn, kColumnCount, kFirstValue, kFirstChannel, kPanelFields };
-enum RowField { kOutChannel, kFirstResidual, kResidualCount, kFirstResidualValue, kRowFields };
-
 // Sizes of one convolution call. `pad` is (top, bottom, left, right).
 struct ConvShape {
   int64_t batch, channels, height, width;

@@ -28,8 +28,9 @@ Isa choose_isa() {
     if (std::string(wanted) != isa_name(isa))
       continue;
     if (isa > best)
-      throw std::runtime_error(std::string("FXSPARSE_CPU_ISA='") + wanted + "' is not available on this CPU, which has '" +
-                               isa_name(best) + "'. Unset the variable or choose a lower set.");
+      throw std::runtime_error(std::string("FXSPARSE_CPU_ISA='") + wanted +
+                               "' is not available on this CPU, which has '" + isa_name(best) +
+                               "'. Unset the variable or choose a lower set.");
     return isa;
   }
   throw std::runtime_error(std::string("FXSPARSE_CPU_ISA='") + wanted +

@@ -8,7 +8,8 @@
 namespace fxsparse::FXSPARSE_ISA {
 
 template <class T> void widen_values(const void *values, int64_t first, int64_t last, void *out) {
-  copy_cells((const T *)values + first, (float *)out + first, last - first, 1);
+  const int64_t count = last - first;
+  copy_rows((const T *)values + first, 0, (float *)out + first, 1, {0, count, count, 1});
 }
 
 template <class T> constexpr KernelSet make_kernel_set() {

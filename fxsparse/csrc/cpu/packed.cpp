@@ -74,8 +74,7 @@ template <class... Parts> std::string message(const Parts &...parts) {
 
 class TableCheck {
 public:
-  TableCheck(const PackedWeight &packed, int64_t out_channels, int64_t columns, int64_t group_channels,
-             int64_t groups)
+  TableCheck(const PackedWeight &packed, int64_t out_channels, int64_t columns, int64_t group_channels, int64_t groups)
       : packed_(packed), columns_(columns), group_channels_(group_channels), groups_(groups),
         rows_per_group_(out_channels / groups), seen_(out_channels, 0) {}
 

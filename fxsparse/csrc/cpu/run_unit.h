@@ -91,8 +91,8 @@ void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t 
         else
           shape.segments[shape.num_segments++] = {begin, end, output};
       }
-      kBlockKernels<A>.table[vectors - 1][width][height](x, unit.offsets, weights, unit.columns,
-                                                         unit.bias + first_lane, tile);
+      kBlockKernels<A>.table[vectors - 1][width][height](x, unit.offsets, weights, unit.columns, unit.bias + first_lane,
+                                                         tile);
       store_tile<D, A>(tile, vectors * lanes, shape, outputs + first_lane, adds ? adds + first_lane : nullptr,
                        activation);
     }
@@ -117,8 +117,7 @@ void run_residual(const UnitRows<T, A> &unit, const Conv &conv, int64_t first, i
         continue;
       kResidualKernels<A>[tile_vectors](unit.cells + first + begin, conv.offsets + row[kFirstResidual],
                                         (const A *)conv.values + row[kFirstResidualValue], weights, last,
-                                        unit.columns > 0 ? nullptr : unit.bias + lane,
-                                        results + lane * stride + begin);
+                                        unit.columns > 0 ? nullptr : unit.bias + lane, results + lane *stride + begin);
     }
   }
 }

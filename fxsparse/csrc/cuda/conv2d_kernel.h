@@ -30,8 +30,7 @@ template <> struct AccumulatorOf<double> {
 };
 
 // Written with comparisons that are false for NaN, so that NaN passes through as in torch.
-template <typename Accumulator>
-FXSPARSE_DEVICE Accumulator activate(Activation activation, Accumulator value) {
+template <typename Accumulator> FXSPARSE_DEVICE Accumulator activate(Activation activation, Accumulator value) {
   const Accumulator zero(0), six(6);
   switch (activation) {
   case Activation::kNone:
@@ -86,8 +85,7 @@ __global__ void __launch_bounds__(kConv2dThreads)
   if (thread < kLanes) {
     const int64_t *lane_row = lane_rows + thread * kRowFields;
     assert(lane_row[kOutChannel] < g.out_channels && lane_row[kResidualCount] >= 0);
-    assert(lane_row[kFirstResidual] >= 0 &&
-           lane_row[kFirstResidual] + lane_row[kResidualCount] <= tables.column_count);
+    assert(lane_row[kFirstResidual] >= 0 && lane_row[kFirstResidual] + lane_row[kResidualCount] <= tables.column_count);
     assert(lane_row[kFirstResidualValue] >= 0 &&
            lane_row[kFirstResidualValue] + lane_row[kResidualCount] <= tables.value_count);
     channels[thread] = lane_row[kOutChannel];

@@ -32,17 +32,17 @@ template <typename T> struct Conv2dTensors {
 };
 
 template <typename T>
-cudaError_t launch_conv2d(const Conv2dGeometry &geometry, const PackedTables &tables,
-                          const Conv2dTensors<T> &tensors, cudaStream_t stream);
+cudaError_t launch_conv2d(const Conv2dGeometry &geometry, const PackedTables &tables, const Conv2dTensors<T> &tensors,
+                          cudaStream_t stream);
 
 // Writes the dense [out_channels, row_columns] weight matrix.
 template <typename T>
-cudaError_t launch_unpack(const PackedTables &tables, int64_t out_channels, int64_t row_columns,
-                          const T *values, T *weight, cudaStream_t stream);
+cudaError_t launch_unpack(const PackedTables &tables, int64_t out_channels, int64_t row_columns, const T *values,
+                          T *weight, cudaStream_t stream);
 
 // Writes `tables.value_count` packed values.
 template <typename T>
-cudaError_t launch_repack(const PackedTables &tables, int64_t out_channels, int64_t row_columns,
-                          const T *weight, T *values, cudaStream_t stream);
+cudaError_t launch_repack(const PackedTables &tables, int64_t out_channels, int64_t row_columns, const T *weight,
+                          T *values, cudaStream_t stream);
 
 } // namespace fxsparse::cuda

@@ -9,8 +9,8 @@ namespace fxsparse::cuda {
 namespace {
 
 template <typename T, PlacesCopy Copy>
-cudaError_t launch_copy(const PackedTables &tables, int64_t out_channels, int64_t row_columns,
-                        const T *source, T *destination, int64_t destination_count, cudaStream_t stream) {
+cudaError_t launch_copy(const PackedTables &tables, int64_t out_channels, int64_t row_columns, const T *source,
+                        T *destination, int64_t destination_count, cudaStream_t stream) {
   if (destination_count == 0)
     return cudaSuccess;
   // All-zero bits are the number zero in every dtype.
@@ -28,22 +28,21 @@ cudaError_t launch_copy(const PackedTables &tables, int64_t out_channels, int64_
 } // namespace
 
 template <typename T>
-cudaError_t launch_unpack(const PackedTables &tables, int64_t out_channels, int64_t row_columns,
-                          const T *values, T *weight, cudaStream_t stream) {
+cudaError_t launch_unpack(const PackedTables &tables, int64_t out_channels, int64_t row_columns, const T *values,
+                          T *weight, cudaStream_t stream) {
   return launch_copy<T, PlacesCopy::kUnpack>(tables, out_channels, row_columns, values, weight,
                                              out_channels * row_columns, stream);
 }
 
 template <typename T>
-cudaError_t launch_repack(const PackedTables &tables, int64_t out_channels, int64_t row_columns,
-                          const T *weight, T *values, cudaStream_t stream) {
-  return launch_copy<T, PlacesCopy::kRepack>(tables, out_channels, row_columns, weight, values,
-                                             tables.value_count, stream);
+cudaError_t launch_repack(const PackedTables &tables, int64_t out_channels, int64_t row_columns, const T *weight,
+                          T *values, cudaStream_t stream) {
+  return launch_copy<T, PlacesCopy::kRepack>(tables, out_channels, row_columns, weight, values, tables.value_count,
+                                             stream);
 }
 
-#define FXSPARSE_INSTANTIATE(T)                                                                              \
-  template cudaError_t launch_unpack<T>(const PackedTables &, int64_t, int64_t, const T *, T *,              \
-                                        cudaStream_t);                                                       \
+#define FXSPARSE_INSTANTIATE(T)                                                                                        \
+  template cudaError_t launch_unpack<T>(const PackedTables &, int64_t, int64_t, const T *, T *, cudaStream_t);         \
   template cudaError_t launch_repack<T>(const PackedTables &, int64_t, int64_t, const T *, T *, cudaStream_t);
 FXSPARSE_INSTANTIATE(float)
 FXSPARSE_INSTANTIATE(double)

@@ -79,8 +79,7 @@ FXSPARSE_DEVICE int32_t index_inside(PaddingMode mode, int32_t index, int32_t si
 }
 
 template <typename Accumulator, bool ZeroPadding, typename T>
-FXSPARSE_DEVICE Accumulator gather(const Conv2dGeometry &g, const T *input, const Window &window,
-                                   const Tap &tap) {
+FXSPARSE_DEVICE Accumulator gather(const Conv2dGeometry &g, const T *input, const Window &window, const Tap &tap) {
   const int32_t y = window.y + tap.y, x = window.x + tap.x;
   const int32_t height = static_cast<int32_t>(g.in_height), width = static_cast<int32_t>(g.in_width);
   if constexpr (ZeroPadding) {
