@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
+import fxsparse
 from benchmarks.agreement import Agreement, allowed_error, largest_error, own_error
 from fxsparse.timing import Timing, interleaved
 
@@ -80,14 +82,48 @@ class Comparison:
         return f"{table}\nBest dense over fxsparse ({best}): {self.ratio:.2f}x."
 
 
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A model converted in the two layouts that a user may run it in, each measured on its own input.
+
+    Attributes:
+        modules: by arm name, "fxsparse" (NCHW) and "fxsparse channels_last".
+        inputs: the same image batch in each layout.
+    """
+
+    modules: dict[str, nn.Module]
+    inputs: dict[str, Tensor]
+
+    def report(self, arm: str = "fxsparse") -> fxsparse.Report:
+        """Return the report of one of them."""
+        report = self.modules[arm].report
+        assert isinstance(report, fxsparse.Report)
+        return report
+
+    def reports(self) -> dict[str, Any]:
+        """Return all reports as plain JSON values."""
+        return {arm: self.report(arm).to_dict() for arm in self.modules}
+
+
+def convert(model: nn.Module, masks: Any, x: Tensor, settings: fxsparse.Settings) -> Converted:
+    """Convert a model as it is and in channels_last; both start as the user would have them."""
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    inputs = {"fxsparse": x, "fxsparse channels_last": x.contiguous(memory_format=torch.channels_last)}
+    modules = {
+        arm: fxsparse.convert(start, masks, example_inputs=(inputs[arm],), settings=settings)
+        for arm, start in zip(inputs, (model, last), strict=True)
+    }
+    return Converted(modules, inputs)
+
+
 def compare(
-    dense: nn.Module, converted: nn.Module, x: Tensor, *, compiled: bool = False, budget_s: float = 5.0
+    dense: nn.Module, converted: Converted, x: Tensor, *, compiled: bool = False, budget_s: float = 5.0
 ) -> Comparison:
-    """Check a converted model and every dense arm against the masked dense model, then time them interleaved.
+    """Check the converted models and every dense arm against the masked dense model, then time them interleaved.
 
     Args:
         dense: the masked dense model, float32, in eval mode.
-        converted: what `fxsparse.convert` made of it.
+        converted: what `convert` made of it.
         x: the input.
         compiled: also run both through torch.compile, with freezing.
         budget_s: time for the measurement.
@@ -97,14 +133,14 @@ def compare(
     """
     wanted, own = own_error(dense, x)
     arms = dense_arms(dense, x, compiled=compiled)
-    arms["fxsparse"] = lambda: converted(x)
+    for name, module in converted.modules.items():
+        arms[name] = partial(module, converted.inputs[name])
     if compiled:
-        frozen = _compiled(converted)
-        arms["fxsparse compiled"] = lambda: frozen(x)
+        arms["fxsparse compiled"] = _compiled(converted.modules["fxsparse"], x)
     agreement = {}
     allowed = allowed_error(own, x.dtype)
     for name, arm in arms.items():
-        with torch.no_grad():
+        with torch.inference_mode():  # as in the timing, so that compiled arms are not compiled again
             agreement[name] = Agreement(largest_error(arm(), wanted), allowed)
         if not agreement[name].ok:
             error = agreement[name].error
@@ -118,17 +154,20 @@ def dense_arms(model: nn.Module, x: Tensor, *, compiled: bool) -> dict[str, Arm]
     last = copy.deepcopy(folded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x_last = x.contiguous(memory_format=torch.channels_last)
     arms: dict[str, Arm] = {
-        "dense eager": lambda: folded(x),
-        "dense channels_last": lambda: last(x_last),
+        "dense eager": partial(folded, x),
+        "dense channels_last": partial(last, x_last),
     }
     if compiled:
-        frozen = _compiled(folded)
-        arms["dense compiled"] = lambda: frozen(x)
+        arms["dense compiled"] = _compiled(folded, x)
     return arms
 
 
-def _compiled(model: nn.Module) -> Callable[..., Any]:
-    return torch.compile(copy.deepcopy(model), options={"freezing": True})
+def _compiled(model: nn.Module, x: Tensor) -> Arm:
+    """Compile with freezing, which dynamo wants on while it traces: `options=` comes too late for it."""
+    module = torch.compile(copy.deepcopy(model))
+    with torch._inductor.config.patch(freezing=True), torch.inference_mode():
+        module(x)
+    return partial(module, x)
 
 
 def budget_arguments(parser: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from benchmarks.arms import budget_arguments, compare
+from benchmarks.arms import budget_arguments, compare, convert
 
 SIDE = 192
 STRIDE = 4
@@ -67,22 +67,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         x = torch.rand(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     settings = fxsparse.Settings(margin=arguments.margin, cache=False)
-    converted = fxsparse.convert(model, example_inputs=(x,), settings=settings)
-    report = converted.report
-    assert isinstance(report, fxsparse.Report)
-    print(f"\n{report}\n")
+    converted = convert(model, None, x, settings)
+    print(f"\n{converted.report()}\n")
     comparison = compare(model, converted, x, compiled=arguments.compile, budget_s=arguments.budget)
     with torch.no_grad():
-        absolute = [float((a - b).abs().max()) for a, b in zip(converted(x), model(x), strict=True)]
+        outputs = zip(converted.modules["fxsparse"](x), model(x), strict=True)
+        absolute = [float((a - b).abs().max()) for a, b in outputs]
     print(comparison)
     print(
         f"Largest absolute error: {absolute[0]:.2e} (boxes, in pixels), {absolute[1]:.2e} (scores, logits); "
         f"largest relative error {comparison.agreement['fxsparse'].error:.1e}."
     )
-    print(f"{report.sparse} of {len(shares)} pruned convolutions run sparse.")
+    for arm in converted.modules:
+        print(f"{arm}: {converted.report(arm).sparse} of {len(shares)} pruned convolutions run sparse.")
     return {
         **result,
-        "report": report.to_dict(),
+        "reports": converted.reports(),
         "comparison": comparison.to_dict(),
         "absolute_errors": absolute,
     }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fxsparse
 from benchmarks import models
 from benchmarks.agreement import Agreement, allowed_error, largest_error, own_error
-from benchmarks.arms import budget_arguments, compare
+from benchmarks.arms import budget_arguments, compare, convert
 
 BLOCKS = Path(__file__).parent / "data" / "lth_vgg16bn_cifar_blocks.npz"
 BlockList = list[tuple[list[int], list[int]]]
@@ -81,13 +81,11 @@ def measure(
     """Convert for one batch size and compare."""
     x = images(batch)
     settings = fxsparse.Settings(margin=arguments.margin, cache=False)
-    converted = fxsparse.convert(model, blocks, example_inputs=(x,), settings=settings)
-    report = converted.report
-    assert isinstance(report, fxsparse.Report)
-    print(f"\n{part}, batch {batch}\n{report}\n")
+    converted = convert(model, blocks, x, settings)
+    print(f"\n{part}, batch {batch}\n{converted.report()}\n")
     comparison = compare(model, converted, x, compiled=arguments.compile, budget_s=arguments.budget)
     print(comparison)
-    return {"part": part, "batch": batch, "report": report.to_dict(), "comparison": comparison.to_dict()}
+    return {"part": part, "batch": batch, "reports": converted.reports(), "comparison": comparison.to_dict()}
 
 
 def block_lists() -> dict[str, BlockList]:

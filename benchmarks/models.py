@@ -108,7 +108,9 @@ def prepare(model: nn.Module, masks: dict[str, Tensor], x: Tensor, seed: int = 0
     with torch.no_grad():
         _randomise(model, generator)
         apply_masks(model, masks)
+        forget_caches(model)
         _unit_scale(model, x)
+        forget_caches(model)
 
 
 def fill_pruned(model: nn.Module, masks: dict[str, Tensor], seed: int = 0) -> None:
@@ -119,6 +121,15 @@ def fill_pruned(model: nn.Module, masks: dict[str, Tensor], seed: int = 0) -> No
             weight = model.get_parameter(f"{name}.weight")
             noise = torch.empty(int((~mask).sum())).normal_(0, float(weight.abs().max()), generator=generator)
             weight[~mask] = noise.to(weight.dtype)
+    forget_caches(model)
+
+
+def forget_caches(model: nn.Module) -> nn.Module:
+    """Make an eval-mode model compute anew what it keeps from earlier runs; return it.
+
+    Some attention layers cache a bias computed from parameters until the mode changes.
+    """
+    return model.train().eval()
 
 
 def magnitude_masks(model: nn.Module, density: float) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ class Settings:
         exclude: names to leave dense, in the same forms; wins over `include`.
         capture: the rung of the capture ladder: "auto" tries "symbolic", "export" and "modules" in this order.
         fold_batch_norm: fold eval-mode batch norms into the convolutions before them.
-        target: what the regrouping aims at; None takes the target of the device that the weights are on.
+        target: the prices and sizes that the regrouping aims at; None takes `Target()`, measured on AVX-512.
         calibrate: measure every site on the example inputs; False follows the cost model's estimate instead.
         margin: share by which sparse must be faster than vanilla, measured, to be kept.
         cache: keep regroupings on disk and reuse them (see `fxsparse.regroup`).

@@ -98,6 +98,30 @@ def test_prepared_models_hide_no_branch() -> None:
     assert bool((model.conv.weight != 0).all())
 
 
+def test_prepared_models_use_no_stale_cache() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.scale = nn.Parameter(torch.zeros(4, 1, 1))
+            self.cache: torch.Tensor | None = None
+
+        def train(self, mode: bool = True) -> nn.Module:
+            self.cache = None
+            return super().train(mode)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache = self.scale * 2 if self.cache is None else self.cache
+            return self.conv(x) * self.cache
+
+    model, x = Caching().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert not model(x).any()
+        models.prepare(model, models.magnitude_masks(model, 0.5), x)
+        assert torch.equal(model(x), model.conv(x) * model.scale * 2)
+    assert agreement.own_error(model, x)[1] < 1e-6
+
+
 def test_agreement_refuses_nan_and_other_shapes() -> None:
     wanted = torch.ones(2, 3)
     assert agreement.largest_error(wanted + 0.5, wanted) == 0.5
@@ -118,10 +142,15 @@ def test_face_converts_without_loss_and_reports_every_number(tmp_path: Path) -> 
     assert len(pruned) == 46
     assert np.mean(pruned) == pytest.approx(0.70, abs=0.005)
     comparison = result["comparison"]
-    assert set(comparison["times"]) == {"dense eager", "dense channels_last", "fxsparse"}
+    assert set(comparison["times"]) == {
+        "dense eager",
+        "dense channels_last",
+        "fxsparse",
+        "fxsparse channels_last",
+    }
     assert comparison["agreement"]["fxsparse"]["error"] <= comparison["agreement"]["fxsparse"]["allowed"]
     assert max(result["absolute_errors"]) < 0.01
-    assert len(result["report"]["rows"]) == 91
+    assert [len(report["rows"]) for report in result["reports"].values()] == [91, 91]
 
 
 @_FACE
@@ -161,13 +190,13 @@ def test_densify_decodes_blocks_and_traversal_order() -> None:
 
 
 @_needs("torchvision")
-def test_lth_is_exact_and_measures_each_batch(tmp_path: Path) -> None:
-    result = _run(tmp_path, "lth", "--part", "features", "--batch", "1", "2", "--budget", "0.05")
+def test_lth_is_exact_and_measures_features(tmp_path: Path) -> None:
+    result = _run(tmp_path, "lth", "--part", "features", "--batch", "1", "--budget", "0.05")
     exact = result["float64"]["features"]
     assert exact["error"] <= exact["allowed"] < 1e-12
-    assert [r["batch"] for r in result["results"]] == [1, 2]
+    assert [(r["part"], r["batch"]) for r in result["results"]] == [("features", 1)]
     for part in result["results"]:
-        names = [row["name"] for row in part["report"]["rows"]]
+        names = [row["name"] for row in part["reports"]["fxsparse"]["rows"]]
         assert names == list(lth.block_lists())
         assert part["comparison"]["ratio"] > 0
     assert result["density"]["features.0"] == 1

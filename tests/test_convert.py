@@ -70,6 +70,14 @@ def test_convert_without_inputs_follows_the_estimate_and_says_so() -> None:
     assert "not measured" in str(fast.report)
 
 
+def test_calibrate_replaces_the_estimates_and_their_note() -> None:
+    model = small_net()
+    fast = fxsparse.convert(model, random_masks(model))
+    assert fxsparse.calibrate(fast, (4, 3, 16, 16)) is fast
+    assert "not measured" not in str(fast.report)
+    assert all(row.vanilla_ms and row.sparse_ms for row in fast.report.rows)
+
+
 def test_zeros_of_the_weights_are_the_masks_when_none_are_given() -> None:
     model = small_net()
     masks = random_masks(model)

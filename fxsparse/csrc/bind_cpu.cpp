@@ -1,6 +1,8 @@
 // Operator schemas of fxsparse, argument checks, and the CPU implementations' registration.
 #include <Python.h>
 
+#include <algorithm>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -36,6 +38,22 @@ Tensor as_contiguous(const Tensor &t) { return t.is_contiguous() ? t : torch::st
 
 std::optional<Tensor> as_contiguous(const std::optional<Tensor> &t) {
   return t.has_value() ? std::optional(as_contiguous(*t)) : std::nullopt;
+}
+
+// As torch::stable::empty, but past the dispatcher.
+Tensor empty(IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = stride;
+    stride *= std::max<int64_t>(sizes[i], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 // The packed tensors, contiguous, and pointers to them.
@@ -92,7 +110,7 @@ Tensor conv2d(const Tensor &input, const Tensor &values, const Tensor &columns, 
   const ConvShape shape = shape_of(geometry, dtype_of(input));
   const Packed packed(values, columns, panels, rows);
   const PackedWeight weight = packed.weight();
-  const Tensor output = torch::stable::empty(output_shape(geometry, input), input.scalar_type());
+  const Tensor output = empty(output_shape(geometry, input), input.scalar_type());
   if (output.numel() == 0)
     return output;
   const Tensor dense_input = as_contiguous(input);
@@ -100,7 +118,7 @@ Tensor conv2d(const Tensor &input, const Tensor &values, const Tensor &columns, 
   Conv plan;
   const int64_t bytes = plan_conv(shape, weight, torch::stable::get_num_threads(), plan);
   STD_TORCH_CHECK(bytes >= 0, "'input' has more than 2^32 elements per image once padded, which is not supported");
-  const Tensor scratch = torch::stable::empty({bytes}, ScalarType::Byte);
+  const Tensor scratch = empty({bytes}, ScalarType::Byte);
   const ConvTensors tensors = {dense_input.const_data_ptr(), dense_bias ? dense_bias->const_data_ptr() : nullptr,
                                dense_add ? dense_add->const_data_ptr() : nullptr, output.mutable_data_ptr()};
   run_conv(plan, weight, tensors, scratch.mutable_data_ptr(), parallel_workers);
@@ -118,7 +136,7 @@ Tensor unpack(const Tensor &values, const Tensor &columns, const Tensor &panels,
   const int64_t row_columns = check_unpack(values, columns, panels, rows, weight_shape);
   const Packed packed(values, columns, panels, rows);
   const PackedWeight weight = packed.weight();
-  Tensor dense = torch::stable::empty(weight_shape, values.scalar_type());
+  Tensor dense = empty(weight_shape, values.scalar_type());
   torch::stable::zero_(dense);
   parallel_panels(weight.num_panels, [&](int64_t first, int64_t last) {
     unpack_panels(weight, row_columns, int64_t(values.element_size()), first, last, dense.mutable_data_ptr());
@@ -129,7 +147,7 @@ Tensor unpack(const Tensor &values, const Tensor &columns, const Tensor &panels,
 Tensor repack(const Tensor &weight, const Tensor &columns, const Tensor &panels, const Tensor &rows, int64_t values) {
   const int64_t row_columns = check_repack(weight, columns, panels, rows, values);
   const Tensor dense = as_contiguous(weight);
-  const Packed packed(torch::stable::empty({values}, weight.scalar_type()), columns, panels, rows);
+  const Packed packed(empty({values}, weight.scalar_type()), columns, panels, rows);
   const PackedWeight tables = packed.weight();
   parallel_panels(tables.num_panels, [&](int64_t first, int64_t last) {
     repack_panels(tables, row_columns, int64_t(dense.element_size()), first, last, dense.const_data_ptr(),
@@ -145,7 +163,7 @@ void validate(const Tensor &columns, const Tensor &panels, const Tensor &rows, i
   STD_TORCH_CHECK(groups >= 1 && weight_shape[0] % groups == 0, "'groups' is ", groups, ", expected a divisor of the ",
                   weight_shape[0], " output channels");
   STD_TORCH_CHECK(values >= 0, "'values' is ", values, ", expected the number of packed values");
-  const Packed packed(torch::stable::empty({0}, ScalarType::Float), columns, panels, rows);
+  const Packed packed(empty({0}, ScalarType::Float), columns, panels, rows);
   PackedWeight tables = packed.weight();
   tables.num_values = values;
   const std::string wrong = describe_invalid_tables(tables, weight_shape[0], row_columns, weight_shape[1], groups);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import signal
 import threading
@@ -61,7 +62,7 @@ def compare(name: str, dense: nn.Module, converted: nn.Module, x: Tensor) -> Agr
 def dense_arms(dense: nn.Module, masked: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
     """Return what a user could run without fxsparse; pruned weights are multiplied like any other."""
     folded: nn.Module = fuse(masked)
-    last = fuse(masked).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = channels_last(folded)
     x_last = x.to(memory_format=torch.channels_last)
     return {
         "dense": lambda: dense(x),
@@ -71,13 +72,20 @@ def dense_arms(dense: nn.Module, masked: nn.Module, x: Tensor) -> dict[str, Call
     }
 
 
+def channels_last(model: nn.Module) -> nn.Module:
+    """Return a copy of a model in the memory format in which its dense convolutions and poolings are fastest."""
+    copied = copy.deepcopy(model)
+    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def compiled_arm(masked: nn.Module, x: Tensor) -> tuple[Callable[[], Any] | None, str]:
     """Compile the masked model with torch.compile, within a time limit.
 
     Returns:
         The arm, or None and the reason why there is none.
     """
-    model = torch.compile(fuse(masked), dynamic=False)
+    model = torch.compile(channels_last(fuse(masked)), dynamic=False)
+    x = x.to(memory_format=torch.channels_last)
     try:
         with _limit(COMPILE_LIMIT_S), torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

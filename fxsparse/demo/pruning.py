@@ -41,7 +41,7 @@ def prune_to(model: nn.Module, share: float) -> None:
 def prune_by(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Prune what the masks say."""
     for name, conv in prunable(model).items():
-        prune.custom_from_mask(conv, "weight", masks[name])  # type: ignore[no-untyped-call]
+        prune.custom_from_mask(conv, "weight", masks[name])
 
 
 def masks_of(model: nn.Module) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 def finish(model: nn.Module) -> None:
     """Turn the pruned weights into plain ones with zeros; the model can no longer be rewound."""
     for conv in prunable(model).values():
-        prune.remove(conv, "weight")  # type: ignore[no-untyped-call]
+        prune.remove(conv, "weight")
 
 
 def kept_share(masks: Mapping[str, Tensor]) -> float:

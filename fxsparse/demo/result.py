@@ -78,9 +78,7 @@ def accuracy_table(stages: list[Stage]) -> str:
     """Return the accuracy table."""
     rows = [(s.name, f"{s.kept:.1%}", f"{s.accuracy:.2%}", f"{s.seconds:.1f}") for s in stages]
     headers = ("model", "weights kept", "test accuracy", "seconds")
-    return tabulate(
-        rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right", "right")
-    )
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
 
 
 def speed_table(times: dict[int, dict[str, Timing]]) -> str:
@@ -96,9 +94,7 @@ def speed_table(times: dict[int, dict[str, Timing]]) -> str:
     headers = ["model"]
     for batch in times:
         headers += [f"batch {batch}: ms", "speed"]
-    return tabulate(
-        rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 2 * len(times))
-    )
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 2 * len(times)))
 
 
 def agreement_line(agreement: Agreement) -> str:

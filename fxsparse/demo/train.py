@@ -17,9 +17,7 @@ MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 
 
-def train(
-    model: nn.Module, images: Images, *, epochs: range, of: int, seed: int, label: str = "Training"
-) -> None:
+def train(model: nn.Module, images: Images, *, epochs: range, of: int, seed: int, label: str = "Training") -> None:
     """Train some epochs of a cosine schedule, on shifted images.
 
     Args:
@@ -44,7 +42,7 @@ def train(
                     group["lr"] = rate((epoch * steps + step) / (of * steps))
                 loss = F.cross_entropy(model(images.shifted(index, generator)), images.train_y[index])
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 bar.update()
     model.eval()

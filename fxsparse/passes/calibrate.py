@@ -21,6 +21,7 @@ from fxsparse import report as reports
 from fxsparse import sites, timing
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import ExampleInputs
+from fxsparse.passes.lower_to_sparse import NOT_MEASURED
 from fxsparse.sites import ConvSite
 
 log = logging.getLogger(__name__)
@@ -54,15 +55,17 @@ def calibrate(model: nn.Module, example_inputs: Any, *, margin: float = 0.05, pr
     inputs = ExampleInputs.of(example_inputs, model)
     if inputs is None:
         raise FxsparseError("calibrate needs example inputs: a tensor, a tuple of arguments, or an input shape.")
-    if not isinstance(getattr(model, "report", None), reports.Report):
+    report = model.__dict__.get("report")
+    if not isinstance(report, reports.Report):
         raise FxsparseError("This model was not converted. Call fxsparse.convert(model, masks) first.")
     candidates = [(gm, node) for gm in reports.graphs_of(model) for node, site in sites.conv_sites(gm) if site.packed]
     _set_paths(candidates, {node: "sparse" for _, node in candidates})
     with tqdm(total=len(candidates), desc="Calibrating", unit="conv", disable=not progress, leave=False) as bar:
         measured = _measure_sites(model, inputs, candidates, bar)
     _set_paths(candidates, {node: _decide(node, measured.get(node), margin) for _, node in candidates})
-    changes = _check_whole_model(model, inputs, candidates)
-    reports.refresh(model, model.report, **changes)  # type: ignore[arg-type]
+    changes: dict[str, Any] = _check_whole_model(model, inputs, candidates)
+    notes = tuple(note for note in report.notes if NOT_MEASURED not in note)
+    reports.refresh(model, report, notes=notes, **changes)
     return model
 
 

@@ -41,12 +41,14 @@ template <class A, size_t... I> inline Vec<A> even_lanes(Vec<A> a, Vec<A> b, std
   return __builtin_shufflevector(a, b, (2 * I)...);
 }
 
-// N elements at every second place, of which the first `count` exist; the others read as zero.
-template <class A> inline Vec<A> load_every_second(const A *from, int count) {
+// Lane i is element 2 * i, for lanes [first, last); the others are zero.
+template <class A> inline Vec<A> load_every_second(const A *from, int first, int last) {
   constexpr int N = kLanes<A>;
-  const int used = 2 * count - 1;
-  const Vec<A> low = load_lanes(from, 0, used < N ? used : N);
-  const Vec<A> high = used > N ? load_lanes(from + N, 0, used - N) : Vec<A>{};
+  if (first == 0 && last == N) // the very last element, at an odd place, may lie outside the row
+    return even_lanes<A>(load(from), load_lanes(from + N, 0, N - 1), std::make_index_sequence<N>());
+  const int begin = 2 * first, end = 2 * last - 1;
+  const Vec<A> low = begin < N ? load_lanes(from, begin, end < N ? end : N) : Vec<A>{};
+  const Vec<A> high = end > N ? load_lanes(from + N, begin > N ? begin - N : 0, end - N) : Vec<A>{};
   return even_lanes<A>(low, high, std::make_index_sequence<N>());
 }
 
@@ -55,50 +57,29 @@ struct RowShape {
   int64_t begin, end, cells, stride;
 };
 
-// Cells [i, i + N) of a row. S: the stride, or 0 for any.
-template <int S, class T, class A> inline void copy_vector(const T *from, A *to, RowShape row, int64_t i) {
-  constexpr int N = kLanes<A>;
-  const int first = int(maximum(0, minimum(row.begin - i, N))), last = int(maximum(first, minimum(row.end - i, N)));
-  Vec<A> v = {};
-  if constexpr (S == 1) {
-    v = load_lanes(from + (i - row.begin), first, last);
-  } else {
-    for (int lane = first; lane < last; ++lane)
-      v[lane] = to_accumulator(from[(i - row.begin + lane) * row.stride]);
-  }
-  store_lanes(to + i, v, 0, int(minimum(N, row.cells - i)));
-}
-
-template <int S, class T, class A> inline void copy_row(const T *from, A *to, RowShape row) {
-  constexpr int N = kLanes<A>;
-  int64_t i = 0;
-  if constexpr (S == 2) {
-    fill_zeros(to, row.begin);
-    for (i = row.begin; i < row.end; i += N)
-      store_lanes(to + i, load_every_second(from + (i - row.begin) * 2, int(minimum(N, row.end - i))), 0,
-                  int(minimum(N, row.cells - i)));
-    fill_zeros(to + i, row.cells - i);
-    return;
-  }
-  for (; i < row.begin; i += N)
-    copy_vector<S>(from, to, row, i);
-  if constexpr (S == 1)
-    for (; i + N <= row.end; i += N)
-      store(to + i, load(from + (i - row.begin)));
-  for (; i < row.cells; i += N)
-    copy_vector<S>(from, to, row, i);
-}
-
+// `count` rows, `from_step` apart in the input. S: the stride, or 0 for any. One vector of all the rows at a time, so
+// that its lanes are found once.
 template <int S, class T, class A>
 inline void copy_rows(const T *from, int64_t from_step, A *to, int64_t count, RowShape row) {
-  if (S == 1 && row.cells <= kLanes<A>) {
-    const int begin = int(row.begin), end = int(row.end), cells = int(row.cells);
-    for (int64_t i = 0; i < count; ++i, from += from_step, to += cells)
-      store_lanes(to, load_lanes(from - begin, begin, end), 0, cells);
-    return;
+  constexpr int N = kLanes<A>;
+  for (int64_t i = 0; i < row.cells; i += N, to += N) {
+    const int first = int(maximum(0, minimum(row.begin - i, N))), last = int(maximum(first, minimum(row.end - i, N)));
+    const int stored = int(minimum(N, row.cells - i));
+    const T *source = from + (i - row.begin) * row.stride;
+    for (int64_t y = 0; y < count; ++y, source += from_step) {
+      Vec<A> v = {};
+      if constexpr (S == 1) {
+        v = load_lanes(source, first, last);
+      } else if constexpr (S == 2) {
+        if (first < last)
+          v = load_every_second(source, first, last);
+      } else {
+        for (int lane = first; lane < last; ++lane)
+          v[lane] = to_accumulator(source[lane * row.stride]);
+      }
+      store_lanes(to + y * row.cells, v, 0, stored);
+    }
   }
-  for (int64_t i = 0; i < count; ++i, from += from_step, to += row.cells)
-    copy_row<S>(from, to, row);
 }
 
 template <class T, class A>
@@ -121,23 +102,34 @@ inline void copy_mapped(const Axis &axis, PaddingMode mode, int64_t phase, const
   }
 }
 
-// Cells of a phase that lie inside the input: [begin, end).
-inline RowShape row_shape(const Axis &axis, int64_t phase) {
-  const int64_t first = axis.before - phase + axis.stride - 1;
-  const int64_t begin = minimum(axis.cells, maximum(0, first / axis.stride));
-  const int64_t end = minimum(axis.cells, (first + axis.input) / axis.stride);
+// Which of the cells of a phase, from `first` on, lie inside the input.
+inline RowShape row_shape(const Axis &axis, int64_t phase, int64_t first) {
+  const int64_t before = axis.before - phase + axis.stride - 1;
+  const int64_t begin = minimum(axis.cells, maximum(0, before / axis.stride - first));
+  const int64_t end = minimum(axis.cells, (before + axis.input) / axis.stride - first);
   return {begin, maximum(begin, end), axis.cells, axis.stride};
+}
+
+// One phase: rows [first_row, first_row + cells) of it.
+struct PlaneShape {
+  PaddingMode mode;
+  int64_t phase_y, phase_x, first_row;
+  RowShape rows, row;
+};
+
+inline PlaneShape plane_shape(const Axis &ay, const Axis &ax, PaddingMode mode, int64_t slot, int64_t first_row) {
+  const int64_t phase_y = slot_phase(ay, slot / ax.slots), phase_x = slot_phase(ax, slot % ax.slots);
+  return {mode, phase_y, phase_x, first_row, row_shape(ay, phase_y, first_row), row_shape(ax, phase_x, 0)};
 }
 
 // One plane of one phase; `from` is the input's plane.
 template <class T, class A>
-void gather_plane(const Axis &ay, const Axis &ax, PaddingMode mode, int64_t phase_y, int64_t phase_x, const T *from,
-                  A *to) {
-  const RowShape rows = row_shape(ay, phase_y), row = row_shape(ax, phase_x);
-  const int64_t first_y = rows.begin * rows.stride + phase_y - ay.before;
-  const int64_t first_x = row.begin * row.stride + phase_x - ax.before;
+inline void gather_plane(const Axis &ay, const Axis &ax, const PlaneShape &shape, const T *from, A *to) {
+  const RowShape rows = shape.rows, row = shape.row;
+  const int64_t first_y = (shape.first_row + rows.begin) * rows.stride + shape.phase_y - ay.before;
+  const int64_t first_x = row.begin * row.stride + shape.phase_x - ax.before;
   const int64_t width = ax.input;
-  if (mode == PaddingMode::kZeros) {
+  if (shape.mode == PaddingMode::kZeros) {
     fill_zeros(to, rows.begin * row.cells);
     copy_rows(from + first_y * width + first_x, rows.stride * width, to + rows.begin * row.cells, rows.end - rows.begin,
               row);
@@ -145,31 +137,38 @@ void gather_plane(const Axis &ay, const Axis &ax, PaddingMode mode, int64_t phas
     return;
   }
   for (int64_t y = 0; y < rows.cells; ++y, to += row.cells) {
-    const int64_t source = source_index(ay, mode, y * ay.stride + phase_y);
+    const int64_t source = source_index(ay, shape.mode, (shape.first_row + y) * ay.stride + shape.phase_y);
     if (source < 0) {
       fill_zeros(to, row.cells);
       continue;
     }
     copy_rows(from + source * width + first_x, 0, to, 1, row);
-    copy_mapped(ax, mode, phase_x, from + source * width, to, 0, row.begin);
-    copy_mapped(ax, mode, phase_x, from + source * width, to, row.end, row.cells);
+    copy_mapped(ax, shape.mode, shape.phase_x, from + source * width, to, 0, row.begin);
+    copy_mapped(ax, shape.mode, shape.phase_x, from + source * width, to, row.end, row.cells);
   }
 }
 
+// Channels whose phases are found together: few, so that a plane is still in the cache for its next phase.
+constexpr int64_t kGatherChannels = 8;
+
 template <class T, class A>
-void gather_input(const Conv &conv, const void *input, int64_t images, int64_t first, int64_t last, void *buffer) {
+void gather_input(const Conv &conv, const void *input, int64_t images, int64_t first, int64_t last, int64_t first_row,
+                  void *buffer) {
   const Axis ay = conv.y, ax = conv.x;
-  const int64_t plane = ay.input * ax.input, slots = ay.slots * ax.slots;
-  for (int64_t ci = first * slots; ci < last * slots; ++ci) {
-    const int64_t phase_y = slot_phase(ay, ci % slots / ax.slots), phase_x = slot_phase(ax, ci % ax.slots);
-    const T *from = (const T *)input + ci / slots * plane;
-    A *to = (A *)buffer + ci * conv.group_images * conv.plane;
-    for (int64_t image = 0; image < images; ++image, from += conv.shape.channels * plane, to += conv.plane)
-      gather_plane(ay, ax, conv.shape.mode, phase_y, phase_x, from, to);
-    // The zeros that the next plane would begin with, where none follows.
-    if (images < conv.group_images || ci + 1 == conv.shape.channels * slots)
-      fill_zeros(to, ay.spill * ax.cells + ax.spill);
-  }
+  const int64_t plane = ay.input * ax.input, group_plane = conv.group_images * conv.plane;
+  for (int64_t block = first; block < last; block += kGatherChannels)
+    for (int64_t slot = 0; slot < ay.slots * ax.slots; ++slot) {
+      const PlaneShape shape = plane_shape(ay, ax, conv.shape.mode, slot, first_row);
+      for (int64_t channel = block; channel < minimum(last, block + kGatherChannels); ++channel) {
+        const T *from = (const T *)input + channel * plane;
+        A *to = (A *)buffer + channel * conv.channel_stride + slot * group_plane;
+        for (int64_t image = 0; image < images; ++image, from += conv.shape.channels * plane, to += conv.plane)
+          gather_plane(ay, ax, shape, from, to);
+        // The zeros that the next plane would begin with, where none follows.
+        if (images < conv.group_images || to == (A *)buffer + conv.shape.channels * conv.channel_stride)
+          fill_zeros(to, ay.spill * ax.cells + ax.spill);
+      }
+    }
 }
 
 } // namespace fxsparse::FXSPARSE_ISA

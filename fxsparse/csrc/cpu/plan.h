@@ -13,6 +13,7 @@ struct Axis {
   int64_t input, stride, dilation, before, padded;
   int64_t slots;  // stored phases; slot i holds phase (i * dilation) % stride
   int64_t period; // tap t reads slot t % period
+  int64_t needed; // cells per slot that the outputs read
   int64_t cells;  // stored cells per slot
   int64_t spill;  // cells past the last one that a tap may read: the zeros that begin the next row or plane
 };
@@ -22,11 +23,16 @@ struct Unit {
   int64_t first_panel, panels;
 };
 
+// What a worker takes: whole images in groups; windows of an image's rows, each gathered by itself; or a share of the
+// tiles and units of a group that all workers gather together.
+enum class Schedule { kImages, kWindows, kShared };
+
 struct KernelSet;
 
 struct Conv {
   ConvShape shape;
   const KernelSet *kernels;
+  int64_t element_bytes;
   // Canonical input of a group of images: [channel][slot y][slot x][image][row][cell].
   Axis y, x;
   bool in_place; // the input is read where it lies: one row of height * width cells per image
@@ -35,9 +41,11 @@ struct Conv {
   // `pieces` of at most the kernel set's positions.
   int64_t out_height, out_width, tile_height, pieces;
   // Schedule.
-  int64_t bands, scratch_elements; // per worker, for results that wait for residual weights
+  Schedule schedule;
   int64_t workers, num_units;
-  bool images_per_worker; // each worker takes whole images; otherwise all workers share each group
+  int64_t windows;          // of an image; each has cells for its rows only
+  int64_t bands;            // of a group or a window
+  int64_t scratch_elements; // per worker, for results that wait for residual weights
   bool has_residual;
   // Offsets into the scratch, in bytes.
   int64_t at_offsets, at_taps, at_rows, at_units, at_costs, at_values, at_buffers, at_results, worker_buffer_bytes,
@@ -62,8 +70,10 @@ struct KernelSet {
   int64_t lanes;     // of a vector of A
   int64_t positions; // outputs of a tile, at most
   int64_t unit_panels;
-  // T input [image][channel][row][column] -> A canonical buffer, channels [first, last).
-  void (*gather)(const Conv &conv, const void *input, int64_t images, int64_t first, int64_t last, void *buffer);
+  // T input [image][channel][row][column] -> A canonical buffer: channels [first, last), rows of cells from `first_row`
+  // on.
+  void (*gather)(const Conv &conv, const void *input, int64_t images, int64_t first, int64_t last, int64_t first_row,
+                 void *buffer);
   // Entries [first, last) of columns -> cell offsets.
   void (*decode)(const Conv &conv, const int32_t *columns, const uint32_t *taps, int64_t first, int64_t last,
                  uint32_t *offsets);
@@ -74,6 +84,9 @@ struct KernelSet {
   void (*run)(const Conv &conv, const Unit &unit, Band band, int64_t images, const void *cells, void *output,
               const void *add, void *results);
 };
+
+// Tiles of a group of so many images.
+int64_t group_tiles(const Conv &conv, int64_t images);
 
 const KernelSet &avx512_kernels(Dtype dtype);
 const KernelSet &avx2_kernels(Dtype dtype);

@@ -62,7 +62,7 @@ template <class D, class T, class A>
 void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t rows, D *const *outputs,
                const D *const *adds, const int64_t *row_output, int64_t origin, Activation activation) {
   constexpr int lanes = kLanes<A>;
-  alignas(kVectorBytes) A tile[kMaxVectors * kMaxPositions * lanes];
+  alignas(kVectorBytes) A tile[kTileElements<A>];
   for (int64_t first_lane = 0; first_lane < unit.lanes; first_lane += kMaxVectors * lanes) {
     const int vectors = int(minimum(kMaxVectors, (unit.lanes - first_lane) / lanes));
     const A *weights[kMaxVectors];

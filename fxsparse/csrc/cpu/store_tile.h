@@ -38,6 +38,34 @@ template <class A, int D = kLanes<A> / 2> inline void transpose(Vec<A> *r) {
     transpose<A, D / 2>(r);
 }
 
+// The transpose of N vectors at `from`: r[i] is lane i of each.
+template <class A> inline void load_transposed(const A *from, Vec<A> *r) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    // The exchange of blocks of 8 and of 4 lanes by inserts from memory, which spare the one port that shuffles.
+#pragma GCC unroll 4
+    for (int block = 0; block < 4; ++block)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const A *p = from + i * 16 + block * 4;
+        __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 64), 1);
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 128), 2);
+        r[block * 4 + i] = (Vec<A>)_mm512_insertf32x4(v, _mm_loadu_ps(p + 192), 3);
+      }
+    transpose<A, 2>(r);
+    return;
+  }
+#endif
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<A>; ++i)
+    r[i] = load(from + i * kLanes<A>);
+  transpose<A>(r);
+}
+
+// Elements of a tile's memory: the transpose reads whole squares of vectors.
+template <class A> constexpr int kTileElements = (kMaxVectors * kMaxPositions + kLanes<A>)*kLanes<A>;
+
 // outputs[lane]: the row's first element, or null for a padding lane; adds: likewise, or null altogether.
 template <class T, class A>
 void store_tile(const A *tile, int lanes, const TileOutput &shape, T *const *outputs, const T *const *adds,
@@ -45,12 +73,8 @@ void store_tile(const A *tile, int lanes, const TileOutput &shape, T *const *out
   constexpr int N = kLanes<A>;
   for (int first_lane = 0; first_lane < lanes; first_lane += N, tile += shape.positions * N) {
     for (int first = 0; first < shape.positions; first += N) {
-      const int valid = shape.positions - first < N ? shape.positions - first : N;
       Vec<A> r[N];
-#pragma GCC unroll 16
-      for (int i = 0; i < N; ++i)
-        r[i] = i < valid ? load(tile + (first + i) * N) : Vec<A>{};
-      transpose<A>(r);
+      load_transposed(tile + first * N, r);
       for (int s = 0; s < shape.num_segments; ++s) {
         const Segment &segment = shape.segments[s];
         const int begin = segment.begin > first ? segment.begin - first : 0;
