@@ -84,12 +84,15 @@ class BuildLibraries(build_ext):
                 commands.append([cxx, *common, *flags, "-c", source, "-o", str(obj)])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self._run, commands))
-        link = [cxx, "-shared", *produced, "-o", str(out), *torch_libs]
+        # Linked beside and moved into place: overwriting a library that a process has loaded would crash it.
+        fresh = out.with_suffix(".new")
+        link = [cxx, "-shared", *produced, "-o", str(fresh), *torch_libs]
         link += shlex.split(os.environ.get("FXSPARSE_CXXFLAGS", ""))
         if ext.name.endswith("_cuda"):
             lib64 = _cuda_home(_find_nvcc() or "nvcc") / "lib64"
             link += ["-Wl,--as-needed", f"-L{lib64}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self._run(link)
+        fresh.replace(out)
 
     def _run(self, command: list[str]) -> None:
         print(shlex.join(command), flush=True)

@@ -68,8 +68,9 @@ def _select(model: nn.Module, settings: Settings) -> frozenset[str]:
     known = list(
         dict.fromkeys(
             sites.name_of(name)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if parameter.dim() == 4
+            for named in (model.named_parameters, model.named_buffers)
+            for name, tensor in named(remove_duplicate=False)
+            if tensor.dim() == 4
         )
     )
     chosen = names.matching(settings.include, known, "include")

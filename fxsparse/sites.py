@@ -19,6 +19,7 @@ from fxsparse.regrouping import Regrouping
 
 META = "fxsparse"
 FOLDED = "_folded"  # ends the name of a weight that fold_constant_weights made
+_METADATA = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
 PACKED_SUFFIXES = ("_values", "_columns", "_panels", "_rows")
 
 
@@ -164,6 +165,17 @@ def conv_sites(gm: GraphModule) -> Iterator[tuple[Node, ConvSite]]:
         site = site_of(node)
         if site is not None:
             yield node, site
+
+
+def value_users(node: Node) -> list[Node]:
+    """Return the users of a node that read its value, not only its shape, dtype or device."""
+
+    def reads_metadata(user: Node) -> bool:
+        if user.op == "call_function":
+            return user.target is getattr and user.args[1] in _METADATA
+        return user.op == "call_method" and user.target in ("size", "dim", "stride", "numel", "is_contiguous")
+
+    return [user for user in node.users if not reads_metadata(user)]
 
 
 def attribute(module: nn.Module, name: str) -> Any:

@@ -45,7 +45,7 @@ def small_net(**kwargs: bool) -> SmallNet:
     return model
 
 
-def random_masks(model: nn.Module, density: float = 0.2) -> dict[str, Tensor]:
+def random_masks(model: nn.Module, density: float = 0.1) -> dict[str, Tensor]:
     """Draw an unstructured mask for every convolution, by module name."""
     return {
         name: torch.rand_like(module.weight) < density

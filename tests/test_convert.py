@@ -125,7 +125,7 @@ def test_a_weight_used_at_two_sites_is_packed_once() -> None:
             return self.a(x) + self.b(self.a(x))
 
     model, x = Tied().eval(), torch.randn(1, 8, 6, 6)
-    mask = torch.rand(8, 8, 3, 3) < 0.2
+    mask = torch.rand(8, 8, 3, 3) < 0.1
     fast = convert(model, {"a": mask})
     assert [k for k in fast.state_dict() if k.endswith("weight_values")] == ["a.weight_values"]
     assert len(fast.report.rows) == 3

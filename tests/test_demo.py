@@ -130,6 +130,14 @@ def test_a_wrong_conversion_is_found_out(images):
     assert measure.compare("it", dense, dense, images.centred()).ok
 
 
+def test_the_deployed_dense_arm_computes_what_the_net_does(images):
+    model = SmallVgg(PLAN)
+    fit(model, images)
+    folded = measure.channels_last(measure.fold_batch_norm(model))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    assert measure.compare("folded", model, folded, images.centred()).ok
+
+
 def test_training_is_deterministic(images):
     states = []
     for _ in range(2):

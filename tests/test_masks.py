@@ -97,7 +97,7 @@ def test_reparametrised_weights_are_read_never_lost(kind: str) -> None:
     model = small_net()
     conv = model.block["conv1"]
     if kind == "parametrize":
-        parametrize.register_parametrization(conv, "weight", Masked(torch.rand_like(conv.weight) < 0.2))
+        parametrize.register_parametrization(conv, "weight", Masked(torch.rand_like(conv.weight) < 0.1))
     elif kind == "weight_norm":
         torch.nn.utils.weight_norm(conv)
         with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_functional_convolution_is_a_site_under_its_parameters_name() -> None:
             return F.conv2d(x, self.kernel, stride=2, padding="valid")
 
     model = Functional().eval()
-    mask = torch.rand(8, 4, 3, 3) < 0.2
+    mask = torch.rand(8, 4, 3, 3) < 0.1
     fast = convert(model, {"kernel": mask})
     assert fast.report.row("kernel").path == "sparse"
     x = torch.randn(2, 4, 9, 9)

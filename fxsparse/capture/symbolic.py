@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
+import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
 
@@ -39,7 +43,15 @@ def _trace(model: nn.Module) -> Graph:
     try:
         return _Tracer().trace(model)
     except Exception as error:  # tracing runs the user's code, which may raise anything
-        raise Refusal(f"symbolic tracing failed: {type(error).__name__}: {first_line(error)}") from error
+        raise Refusal(f"symbolic tracing failed{_place(error)}: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _place(error: BaseException) -> str:
+    """Say which line of the user's code raised, if one did."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((torch_folder, "<"))]
+    frames = [f for f in frames if f.filename != __file__]
+    return f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
 
 
 def _training_difference(model: nn.Module, graph: Graph) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import signal
 import threading
 import warnings
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from fxsparse import timing
+from fxsparse.demo.model import SmallVgg
 from fxsparse.demo.train import logits_of
 
 TOLERANCE = 1e-4
@@ -59,9 +61,9 @@ def compare(name: str, dense: nn.Module, converted: nn.Module, x: Tensor) -> Agr
     )
 
 
-def dense_arms(dense: nn.Module, masked: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+def dense_arms(dense: SmallVgg, masked: SmallVgg, x: Tensor) -> dict[str, Callable[[], Any]]:
     """Return what a user could run without fxsparse; pruned weights are multiplied like any other."""
-    folded: nn.Module = fuse(masked)
+    folded = fold_batch_norm(masked)
     last = channels_last(folded)
     x_last = x.to(memory_format=torch.channels_last)
     return {
@@ -72,19 +74,29 @@ def dense_arms(dense: nn.Module, masked: nn.Module, x: Tensor) -> dict[str, Call
     }
 
 
+def fold_batch_norm(model: SmallVgg) -> nn.Module:
+    """Return a copy of a net in eval mode without its batch norms, as anybody would deploy it."""
+    copied = copy.deepcopy(model)
+    layers = copied.features
+    for i, (conv, norm) in enumerate(itertools.pairwise(list(layers))):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            layers[i], layers[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return copied
+
+
 def channels_last(model: nn.Module) -> nn.Module:
     """Return a copy of a model in the memory format in which its dense convolutions and poolings are fastest."""
     copied = copy.deepcopy(model)
     return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
-def compiled_arm(masked: nn.Module, x: Tensor) -> tuple[Callable[[], Any] | None, str]:
+def compiled_arm(masked: SmallVgg, x: Tensor) -> tuple[Callable[[], Any] | None, str]:
     """Compile the masked model with torch.compile, within a time limit.
 
     Returns:
         The arm, or None and the reason why there is none.
     """
-    model = torch.compile(channels_last(fuse(masked)), dynamic=False)
+    model = torch.compile(channels_last(fold_batch_norm(masked)), dynamic=False)
     x = x.to(memory_format=torch.channels_last)
     try:
         with _limit(COMPILE_LIMIT_S), torch.inference_mode(), warnings.catch_warnings():

@@ -39,11 +39,12 @@ def fold_batch_norm(gm: GraphModule, ctx: PassContext) -> PassResult:
     folded = 0
     uses = _weight_uses(gm)
     for node, site in list(sites.conv_sites(gm)):
-        if len(node.users) != 1:  # another reader needs the value before the norm
+        readers = sites.value_users(node)
+        if len(readers) != 1:  # another reader needs the value before the norm
             continue
         if uses[site.weight] > 1 or (site.bias is not None and uses[site.bias] > 1):
             continue  # a weight that serves several sites has one value, and their norms differ
-        user = next(iter(node.users))
+        user = readers[0]
         norm = _frozen_norm(gm, user)
         if norm is None or user.all_input_nodes[0] is not node or norm.mean.numel() != site.weight_shape[0]:
             continue

@@ -55,7 +55,7 @@ def test_symbolic_refuses_control_flow_on_data() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(Refusal, match="symbolic tracing failed: TraceError"):
+    with pytest.raises(Refusal, match=r"symbolic tracing failed at test_refusals.py:\d+: TraceError"):
         capture_symbolic(Branch().eval(), None)
 
 
@@ -209,3 +209,33 @@ def test_keyword_inputs_and_structured_outputs_capture() -> None:
         with torch.no_grad():
             got = fast(image=x)["features"]
         assert torch.allclose(got, F.conv2d(x, model.conv.weight * mask, model.conv.bias), atol=1e-5)
+
+
+class Shapes(nn.Module):
+    """Asks for a shape in Python and casts, so that only export captures it as a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] > 4:
+            x = F.avg_pool2d(x, 2)
+        standard = (self.conv.weight - self.conv.weight.mean()) * 2
+        return F.conv2d(self.conv(x.to(x.dtype)), standard.transpose(0, 1)).float()
+
+
+def test_an_exported_model_trains_evaluates_autocasts_and_has_its_weights_folded() -> None:
+    model, x = Shapes().eval(), torch.randn(2, 4, 8, 8)
+    settings = fxsparse.Settings(calibrate=False, capture="export")
+    fast = fxsparse.convert(model, {"conv": torch.rand(16, 4, 3, 3) < 0.1}, example_inputs=x, settings=settings)
+    assert [row.reason for row in fast.report.rows if row.path == "vanilla"] == ["no zeros in the weight"]
+    fast.train()
+    fast.eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast(x).isfinite().all()
+
+
+def test_a_refusal_of_tracing_names_the_line_of_the_users_code() -> None:
+    with pytest.raises(Refusal, match=r"symbolic tracing failed at test_refusals.py:\d+: TraceError"):
+        capture_symbolic(Shapes().eval(), None)

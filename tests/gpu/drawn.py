@@ -87,8 +87,7 @@ class Drawn:
         """Return the shape of the output."""
         pads = (sum(self.padding[:2]), sum(self.padding[2:]))
         spatial = (
-            (self.size[i] + pads[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
-            for i in (0, 1)
+            (self.size[i] + pads[i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1)
         )
         return (*self._lead(), self.out_channels, *spatial)
 

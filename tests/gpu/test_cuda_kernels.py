@@ -149,9 +149,7 @@ def test_unpack_and_repack_are_inverse(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(repacked.cpu(), on_cpu)
 
 
-@pytest.mark.parametrize(
-    "name", ["plain", "groups_2", "reflect", "circular", "silu", "hardswish_add", "unbatched"]
-)
+@pytest.mark.parametrize("name", ["plain", "groups_2", "reflect", "circular", "silu", "hardswish_add", "unbatched"])
 def test_gradients_agree_with_finite_differences(name: str) -> None:
     small = {"batch": 1, "in_channels": 4, "out_channels": 6, "size": (5, 6)}
     case = Drawn(dtype=torch.float64, **(small | OPTIONS[name]))

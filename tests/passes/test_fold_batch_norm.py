@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,3 +127,14 @@ def test_the_setting_turns_it_off() -> None:
         lambda g, x: g.call_module("bn", (g.call_module("conv", (x,)),)),
     )
     assert folded(gm, fold_batch_norm=False) == 0
+
+
+def test_readers_of_the_shape_alone_do_not_keep_a_norm() -> None:
+    def make(g, x):
+        y = g.call_module("conv", (x,))
+        rank = g.call_function(getattr, (y, "ndim"))
+        g.call_function(torch._assert, (g.call_function(operator.eq, (rank, 4)), "expected 4 dimensions"))
+        size = g.call_method("size", (y, 0))
+        return g.call_method("reshape", (g.call_module("bn", (y,)), size, -1))
+
+    assert folded(build({"conv": nn.Conv2d(4, 6, 3), "bn": norm()}, make)) == 1

@@ -68,7 +68,7 @@ def test_a_path_can_be_set_back_and_forth_and_leaves_no_dead_nodes(mode: str, pa
     ("conv", "reason"),
     [
         (nn.Conv2d(16, 32, 3), "no zeros in the weight"),
-        (pruned_conv(0.5, out=3), r"the cost model expects 1\.\d\dx the dense time at density 0\.[45]"),
+        (pruned_conv(0.5, out=3), r"the cost model expects 2\.\d\dx the dense time at density 0\.[45]"),
         (pruned_conv().to(torch.float8_e5m2), "weight dtype float8_e5m2 .supported: float32, float64,"),
     ],
 )

@@ -14,7 +14,7 @@ constexpr int64_t kGroupBytes = 448 * 1024;
 // Inputs that one band of tiles reads, for every unit in turn.
 constexpr int64_t kBandBytes = 400 * 1024;
 // Cells of a band when residual weights exist: its results, for the rows of a unit, wait in L1.
-constexpr int64_t kResidualBandCells = 256;
+constexpr int64_t kResidualBandCells = 512;
 // Outputs of a group: enough for full tiles on the narrowest planes.
 constexpr int64_t kGroupOutputs = 1024;
 constexpr int64_t kMaxOffset = int64_t(1) << 32;
