@@ -103,5 +103,5 @@ def _first_report(captured: Captured, baked: BakedModel, others: list[tuple[str,
     )
     notes = [*captured.notes, *baked.notes]
     if not measured:
-        notes.append(f"The paths follow the cost model's estimate: {NOT_MEASURED}.")
+        notes.append(f"The paths follow the cost model's estimate, {NOT_MEASURED}.")
     return Report(rows, captured.rung, captured.refused, tuple(notes))

@@ -196,7 +196,7 @@ def set_path(gm: GraphModule, node: Node, path: str) -> None:
     if site.path == path:
         return
     graph = gm.graph
-    source = _input_node(node, site)
+    source = input_node(node)
     leftover = [n for n in node.all_input_nodes if n is not source]
     with graph.inserting_before(node):
         if path == "sparse":
@@ -273,13 +273,14 @@ def run_sparse(gm: nn.Module, site: ConvSite, source: Tensor) -> Tensor:
     return result
 
 
-def _input_node(node: Node, site: ConvSite) -> Node:
+def input_node(node: Node) -> Node:
+    """Return the node whose value a site convolves, before any padding."""
+    site: ConvSite = node.meta[META]
     source = node.args[0]
     assert isinstance(source, Node)
     if site.path == "vanilla" and split_padding(site)[0]:
-        padded = source.args[0]
-        assert isinstance(padded, Node)
-        return padded
+        source = source.args[0]
+        assert isinstance(source, Node)
     return source
 
 

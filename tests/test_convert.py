@@ -101,6 +101,7 @@ def test_an_input_shape_does_in_place_of_inputs() -> None:
     fast = fxsparse.convert(model, random_masks(model), example_inputs=(2, 3, 16, 16))
     row = fast.report.row("stem.0")
     assert row.input_shape == (2, 3, 16, 16)
+    assert fast.report.row("block.conv1").input_shape == (2, 16, 16, 16)
     assert row.vanilla_ms is not None and row.vanilla_ms > 0
     assert row.sparse_ms is not None and row.sparse_ms > 0
 

@@ -197,6 +197,8 @@ def test_models_that_cannot_be_converted_are_refused_with_the_remedy() -> None:
         (3, "example_inputs is a int"),
         ("x", "example_inputs is a str"),
         ((1, -3, 8, 8), "negative size"),
+        ((1, 5, 8, 8), "The model does not run on the example inputs: RuntimeError: .*channels"),
+        ((1, 3, 8), "The model does not run on the example inputs: "),
     ],
 )
 def test_bad_example_inputs_get_one_clear_error(inputs: object, message: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxsparse.errors import FxsparseError
 from fxsparse.inputs import ExampleInputs
 
 _HOOKS = {
@@ -45,8 +46,16 @@ def refuse_different_outputs(model: nn.Module, captured: nn.Module, inputs: Exam
     if inputs is None:
         return
     with torch.no_grad():
-        expected = _run(model, inputs)
-        got = _run(captured, inputs)
+        try:
+            expected = _run(model, inputs)
+        except Exception as error:  # the user's code may raise anything
+            raise FxsparseError(
+                f"The model does not run on the example inputs: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        try:
+            got = _run(captured, inputs)
+        except Exception as error:
+            raise Refusal(f"the captured graph does not run: {type(error).__name__}: {first_line(error)}") from error
     wanted, found = ([v for v in pytree.tree_leaves(out) if isinstance(v, Tensor)] for out in (expected, got))
     if len(wanted) != len(found):
         raise Refusal(f"the captured graph returns {len(found)} tensors, the model {len(wanted)}")

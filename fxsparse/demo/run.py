@@ -144,7 +144,7 @@ class _Demo:
         print(
             f"{self.images.name}: {facts['train_images']} to train on, {facts['test_images']} to test on. "
             f"Net: {facts['net']}, {weights:,} prunable weights.\n"
-            f"torch {torch.__version__}, {facts['threads']} threads, kernels: {kernels}."
+            f"torch {torch.__version__}, threads: {facts['threads']}, kernels: {kernels}."
         )
         if kernels == "reference":
             self.notes.append("The compiled operators are not built: the sparse paths are exact here, but not fast.")

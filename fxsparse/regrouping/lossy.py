@@ -78,6 +78,8 @@ def regroup_masks(
         FxsparseError: an argument cannot be read, names a layer without a mask, or the partitioner's package
             is missing.
     """
+    if not isinstance(masks, Mapping):
+        raise FxsparseError(f"Masks is a {type(masks).__name__}. Give a mapping from layer names to masks.")
     target = target or Target()
     if target.partitioner == "hypergraph":
         mtkahypar()

@@ -155,3 +155,8 @@ def test_the_error_names_the_layer_of_a_bad_mask():
 def test_progress_draws_a_bar_over_the_layers(capsys):
     regroup_masks({"a": torch.ones(4, 4), "b": torch.ones(4, 4)}, progress=True)
     assert "layer" in capsys.readouterr().err
+
+
+def test_masks_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(FxsparseError, match="Masks is a Tensor. Give a mapping"):
+        regroup_masks(torch.ones(4, 4))

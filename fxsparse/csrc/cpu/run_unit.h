@@ -99,32 +99,63 @@ void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t 
   }
 }
 
-// Adds the residual weights to the results of every row: cells [first, first + count) of the canonical input.
+// The results of one band: cells [first, first + count) of the canonical input, of which [begin, end) are outputs. Each
+// lane's are `stride` apart.
+template <class A> struct BandResults {
+  A *results;
+  int64_t first, count, begin, end, stride;
+};
+
+// Adds the residual weights to the results of every row. In place, where cells are outputs, it also stores them.
 template <class T, class A>
-void run_residual(const UnitRows<T, A> &unit, const Conv &conv, int64_t first, int64_t count, A *results,
-                  int64_t stride) {
+void run_residual(const Conv &conv, const UnitRows<T, A> &unit, const BandResults<A> &band) {
   constexpr int lanes = kLanes<A>;
-  const int64_t vectors = (count + lanes - 1) / lanes;
+  const int64_t vectors = (band.count + lanes - 1) / lanes;
   const int64_t tiles = (vectors + kMaxResidualVectors - 1) / kMaxResidualVectors;
+  const bool starts = unit.columns == 0, stores = conv.in_place;
   for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = vectors * t / tiles * lanes, end = vectors * (t + 1) / tiles * lanes;
-    const int64_t tile_vectors = (end - begin) / lanes;
+    const int64_t first = vectors * t / tiles * lanes, end = vectors * (t + 1) / tiles * lanes;
     // The last vector of all ends where the band ends, so that nothing past the input is read in place.
-    const int64_t last = (end > count && count >= lanes ? count - lanes : end - lanes) - begin;
+    const int64_t last = (end > band.count && band.count >= lanes ? band.count - lanes : end - lanes) - first;
+    const int64_t cell = band.first + first;
+    const int64_t stored_begin = maximum(cell, band.begin), stored_end = minimum(band.first + end, band.end);
     for (int64_t lane = 0; lane < unit.lanes; ++lane) {
       const int64_t *row = unit.table + lane * kRowFields, weights = row[kResidualCount];
-      if (row[kOutChannel] < 0 || (weights == 0 && unit.columns > 0))
+      if (unit.outputs[lane] == nullptr)
         continue;
-      kResidualKernels<A>[tile_vectors](unit.cells + first + begin, conv.offsets + row[kFirstResidual],
-                                        (const A *)conv.values + row[kFirstResidualValue], weights, last,
-                                        unit.columns > 0 ? nullptr : unit.bias + lane, results + lane *stride + begin);
+      // Results that nothing is added to later share one place, which stays in L1.
+      A *results = starts && stores ? band.results : band.results + lane * band.stride + first;
+      if (weights > 0 || starts)
+        kResidualKernels<A>[(end - first) / lanes](unit.cells + cell, conv.offsets + row[kFirstResidual],
+                                                   (const A *)conv.values + row[kFirstResidualValue], weights, last,
+                                                   starts ? unit.bias + lane : nullptr, results);
+      if (stores)
+        store_row<T, A>(results + (stored_begin - cell), stored_end - stored_begin, unit.outputs[lane] + stored_begin,
+                        unit.adds[lane] ? unit.adds[lane] + stored_begin : nullptr, conv.shape.activation);
+    }
+  }
+}
+
+// Stores the rows [begin.first_row, end.last_row) of a band from its results.
+template <class T, class A>
+void store_band(const Conv &conv, const UnitRows<T, A> &unit, const BandResults<A> &band, const Tile &begin,
+                const Tile &end) {
+  for (int64_t lane = 0; lane < unit.lanes; ++lane) {
+    if (unit.outputs[lane] == nullptr)
+      continue;
+    for (int64_t row = begin.first_row; row < end.last_row; ++row) {
+      const int64_t first_x = row == begin.first_row ? begin.first_x : 0;
+      const int64_t last_x = row == end.last_row - 1 ? end.last_x : conv.out_width;
+      const int64_t at = conv.row_output[row] + first_x;
+      store_row<T, A>(band.results + lane * band.stride + conv.row_cell[row] + first_x - band.first, last_x - first_x,
+                      unit.outputs[lane] + at, unit.adds[lane] ? unit.adds[lane] + at : nullptr, conv.shape.activation);
     }
   }
 }
 
 template <class T, class A>
 void run_unit(const Conv &conv, const Unit &unit_panels, Band band, int64_t images, const void *cells, void *output,
-              const void *add, void *results_memory) {
+              const void *add, void *results) {
   UnitRows<T, A> unit;
   find_rows(conv, unit_panels, (const A *)cells, (T *)output, (const T *)add, unit);
   const Activation activation = conv.shape.activation;
@@ -135,31 +166,23 @@ void run_unit(const Conv &conv, const Unit &unit_panels, Band band, int64_t imag
   }
   // The block part of the band waits here, as rows of cells, for the residual part.
   const Tile begin = find_tile(conv, rows, band.first), end = find_tile(conv, rows, band.last - 1);
-  const int64_t end_cell = conv.row_cell[end.last_row - 1] + end.last_x;
-  int64_t first = conv.row_cell[begin.first_row] + begin.first_x;
-  if (conv.in_place)
-    first = minimum(first, conv.out_width - kLanes<A>);
-  const int64_t count = conv.in_place ? maximum(end_cell - first, kLanes<A>) : end_cell - first;
-  A *results = (A *)results_memory;
-  const int64_t stride = (count + 2 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  BandResults<A> waiting = {};
+  waiting.results = (A *)results;
+  waiting.begin = conv.row_cell[begin.first_row] + begin.first_x;
+  waiting.end = conv.row_cell[end.last_row - 1] + end.last_x;
+  waiting.first = conv.in_place ? minimum(waiting.begin, conv.out_width - kLanes<A>) : waiting.begin;
+  waiting.count = conv.in_place ? maximum(waiting.end - waiting.first, kLanes<A>) : waiting.end - waiting.first;
+  waiting.stride = (waiting.count + 2 * kLanes<A> - 1) / kLanes<A> * kLanes<A>;
   if (unit.columns > 0) {
     A *outputs[kMaxUnitLanes];
     for (int64_t lane = 0; lane < unit.lanes; ++lane)
-      outputs[lane] = unit.outputs[lane] ? results + lane * stride : nullptr;
-    run_block<A>(conv, unit, band, rows, outputs, (const A *const *)nullptr, conv.row_cell, first, Activation::kNone);
+      outputs[lane] = unit.outputs[lane] ? waiting.results + lane * waiting.stride : nullptr;
+    run_block<A>(conv, unit, band, rows, outputs, (const A *const *)nullptr, conv.row_cell, waiting.first,
+                 Activation::kNone);
   }
-  run_residual(unit, conv, first, count, results, stride);
-  for (int64_t lane = 0; lane < unit.lanes; ++lane) {
-    if (unit.outputs[lane] == nullptr)
-      continue;
-    for (int64_t row = begin.first_row; row < end.last_row; ++row) {
-      const int64_t first_x = row == begin.first_row ? begin.first_x : 0;
-      const int64_t last_x = row == end.last_row - 1 ? end.last_x : conv.out_width;
-      const int64_t at = conv.row_output[row] + first_x;
-      store_row<T, A>(results + lane * stride + conv.row_cell[row] + first_x - first, last_x - first_x,
-                      unit.outputs[lane] + at, unit.adds[lane] ? unit.adds[lane] + at : nullptr, activation);
-    }
-  }
+  run_residual(conv, unit, waiting);
+  if (!conv.in_place)
+    store_band(conv, unit, waiting, begin, end);
 }
 
 } // namespace fxsparse::FXSPARSE_ISA
