@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -31,6 +32,7 @@ CPU_FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
+X86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere those sources are empty
 DEFAULT_CUDA_ARCHS = "80;90"
 
 
@@ -80,7 +82,7 @@ class BuildLibraries(build_ext):
                 commands.append([*_nvcc_command(), *common, "-c", source, "-o", str(obj)])
             else:
                 isa = Path(source).stem.rsplit("_", 1)[-1]
-                flags = ["-fPIC", "-fvisibility=hidden", "-Wall", *CPU_FLAGS.get(isa, [])]
+                flags = ["-fPIC", "-fvisibility=hidden", "-Wall", *(CPU_FLAGS.get(isa, []) if X86 else [])]
                 commands.append([cxx, *common, *flags, "-c", source, "-o", str(obj)])
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self._run, commands))
