@@ -70,6 +70,15 @@ def test_convert_without_inputs_follows_the_estimate_and_says_so() -> None:
     assert "not measured" in str(fast.report)
 
 
+def test_a_dense_convolution_is_timed_too() -> None:
+    model = small_net()
+    masks = random_masks(model)
+    del masks["stem.0"]
+    row = fxsparse.convert(model, masks, example_inputs=(1, 3, 8, 8)).report.row("stem.0")
+    assert (row.reason, row.input_shape, row.sparse_ms) == ("no zeros in the weight", (1, 3, 8, 8), None)
+    assert row.vanilla_ms is not None and row.vanilla_ms > 0
+
+
 def test_calibrate_replaces_the_estimates_and_their_note() -> None:
     model = small_net()
     fast = fxsparse.convert(model, random_masks(model))

@@ -60,10 +60,13 @@ def calibrate(model: nn.Module, example_inputs: Any, *, margin: float = 0.05, pr
     report = model.__dict__.get("report")
     if not isinstance(report, reports.Report):
         raise FxsparseError("This model was not converted. Call fxsparse.convert(model, masks) first.")
-    candidates = [(gm, node) for gm in reports.graphs_of(model) for node, site in sites.conv_sites(gm) if site.packed]
-    _set_paths(candidates, {node: "sparse" for _, node in candidates})
-    with tqdm(total=len(candidates), desc="Calibrating", unit="conv", disable=not progress, leave=False) as bar:
-        measured = _measure_sites(model, inputs, candidates, bar)
+    every = [(gm, node) for gm in reports.graphs_of(model) for node, _ in sites.conv_sites(gm)]
+    candidates = [(gm, node) for gm, node in every if node.meta[sites.META].packed]
+    with tqdm(total=len(every), desc="Calibrating", unit="conv", disable=not progress, leave=False) as bar:
+        measured = _measure_sites(model, inputs, every, bar)
+    for node, times in measured.items():
+        if not node.meta[sites.META].packed:
+            sites.update(node, input_shape=times.shape, vanilla_ms=times.vanilla_ms)
     _set_paths(candidates, {node: _decide(node, measured.get(node), margin) for _, node in candidates})
     changes: dict[str, Any] = _check_whole_model(model, inputs, candidates)
     notes = tuple(note for note in report.notes if NOT_MEASURED not in note)
