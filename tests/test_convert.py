@@ -79,6 +79,19 @@ def test_a_dense_convolution_is_timed_too() -> None:
     assert row.vanilla_ms is not None and row.vanilla_ms > 0
 
 
+def test_calibrating_a_model_in_training_mode_leaves_its_statistics_and_the_random_state_alone() -> None:
+    model = small_net().train()
+    fast = convert(model, random_masks(model))
+    before = {name: buffer.clone() for name, buffer in fast.named_buffers()}
+    x = torch.randn(4, 3, 8, 8)
+    state = torch.get_rng_state()
+    fxsparse.calibrate(fast, x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in fast.named_buffers())
+    fast(x)
+    assert any(not torch.equal(buffer, before[name]) for name, buffer in fast.named_buffers())
+
+
 def test_calibrate_replaces_the_estimates_and_their_note() -> None:
     model = small_net()
     fast = fxsparse.convert(model, random_masks(model))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import FxsparseError
-from fxsparse.inputs import ExampleInputs
+from fxsparse.inputs import ExampleInputs, unchanged_state
 
 _HOOKS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -87,15 +87,7 @@ def _scale(a: Tensor) -> float:
 
 
 def _run(model: nn.Module, inputs: ExampleInputs) -> Any:
-    """Run a model without letting it change its buffers or the caller's random state."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     # Fresh inputs: a model may write to them in place.
     fresh = ExampleInputs(*pytree.tree_map_only(Tensor, torch.clone, (inputs.args, inputs.kwargs)))
-    devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
-    try:
-        with torch.random.fork_rng(devices):
-            return fresh.run(model)
-    finally:
-        for name, buffer in model.named_buffers():
-            if name in buffers and buffer.shape == buffers[name].shape:
-                buffer.copy_(buffers[name])
+    with unchanged_state(model):
+        return fresh.run(model)

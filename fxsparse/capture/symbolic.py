@@ -22,7 +22,7 @@ def capture_symbolic(
     notes = []
     other = _training_difference(model, graph)
     if other:
-        if model.training:
+        if any(module.training for module in model.modules() if not _Tracer().is_leaf_module(module, "")):
             raise Refusal(
                 f"the model is in training mode and its behaviour there is baked at trace time ({other}); "
                 "call model.eval() first to convert it for inference"

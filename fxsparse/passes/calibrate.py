@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fxsparse import report as reports
 from fxsparse import sites, timing
 from fxsparse.errors import FxsparseError
-from fxsparse.inputs import ExampleInputs
+from fxsparse.inputs import ExampleInputs, unchanged_state
 from fxsparse.passes.lower_to_sparse import NOT_MEASURED
 from fxsparse.sites import ConvSite
 
@@ -62,13 +62,17 @@ def calibrate(model: nn.Module, example_inputs: Any, *, margin: float = 0.05, pr
         raise FxsparseError("This model was not converted. Call fxsparse.convert(model, masks) first.")
     every = [(gm, node) for gm in reports.graphs_of(model) for node, _ in sites.conv_sites(gm)]
     candidates = [(gm, node) for gm, node in every if node.meta[sites.META].packed]
-    with tqdm(total=len(every), desc="Calibrating", unit="conv", disable=not progress, leave=False) as bar:
+    with (
+        unchanged_state(model),
+        tqdm(total=len(every), desc="Calibrating", unit="conv", disable=not progress, leave=False) as bar,
+    ):
         measured = _measure_sites(model, inputs, every, bar)
     for node, times in measured.items():
         if not node.meta[sites.META].packed:
             sites.update(node, input_shape=times.shape, vanilla_ms=times.vanilla_ms)
     _set_paths(candidates, {node: _decide(node, measured.get(node), margin) for _, node in candidates})
-    changes: dict[str, Any] = _check_whole_model(model, inputs, candidates)
+    with unchanged_state(model):
+        changes: dict[str, Any] = _check_whole_model(model, inputs, candidates)
     notes = tuple(note for note in report.notes if NOT_MEASURED not in note)
     reports.refresh(model, report, notes=notes, **changes)
     return model

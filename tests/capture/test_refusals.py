@@ -64,6 +64,13 @@ def test_symbolic_refuses_training_behaviour_that_it_would_bake_in() -> None:
         capture_symbolic(WithDropout().train(), None)
 
 
+def test_symbolic_refuses_a_submodule_in_training_mode_inside_an_evaluating_model() -> None:
+    model = nn.Sequential(WithDropout()).eval()
+    model[0].train()
+    with pytest.raises(Refusal, match="behaviour there is baked"):
+        capture_symbolic(model, None)
+
+
 def test_symbolic_notes_a_behaviour_that_only_training_has() -> None:
     _, _, notes = capture_symbolic(WithDropout().eval(), None)
     assert notes == ["The graph holds the behaviour in evaluation mode only (first at 'dropout')."]
