@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -13,6 +14,7 @@ from fxsparse import names, sites
 from fxsparse.capture import Captured, capture
 from fxsparse.inputs import ExampleInputs
 from fxsparse.masks import BakedModel, bake
+from fxsparse.ops.library import has_kernel
 from fxsparse.passes import PASSES
 from fxsparse.passes.base import PassContext
 from fxsparse.passes.calibrate import calibrate
@@ -102,6 +104,12 @@ def _first_report(captured: Captured, baked: BakedModel, others: list[tuple[str,
         Row(name, None, None, None, None, None, None, "vanilla", None, None, reason) for name, reason in others
     )
     notes = [*captured.notes, *baked.notes]
+    for device in sorted({parameter.device.type for parameter in captured.model.parameters()}):
+        if not has_kernel(torch.device(device)):
+            notes.append(
+                f"There is no compiled kernel for '{device}' here (see fxsparse.capabilities()): sparse paths run on "
+                "the pure-torch reference, exact but slow."
+            )
     if not measured:
         notes.append(f"The paths follow the cost model's estimate, {NOT_MEASURED}.")
     return Report(rows, captured.rung, captured.refused, tuple(notes))

@@ -208,7 +208,7 @@ def set_path(gm: GraphModule, node: Node, path: str) -> None:
     node.kwargs = {}
     update(node, path=path)
     for other in leftover:
-        _erase_unused(graph, other)
+        erase_unused(graph, other)
 
 
 def sparse_arguments(graph: Graph, source: Node, site: ConvSite) -> tuple[Any, ...]:
@@ -284,10 +284,12 @@ def input_node(node: Node) -> Node:
     return source
 
 
-def _erase_unused(graph: Graph, node: Node) -> None:
-    if not node.users and node.op in ("get_attr", "call_function"):
-        inputs = node.all_input_nodes
-        graph.erase_node(node)
-        for other in inputs:
-            if other.op == "get_attr":
-                _erase_unused(graph, other)
+def erase_unused(graph: Graph, node: Node) -> None:
+    """Erase a node that nobody reads, and the parameters that only it read."""
+    if node.users or node.op == "placeholder":
+        return
+    inputs = node.all_input_nodes
+    graph.erase_node(node)
+    for other in inputs:
+        if other.op == "get_attr":
+            erase_unused(graph, other)

@@ -50,11 +50,7 @@ def fold_batch_norm(gm: GraphModule, ctx: PassContext) -> PassResult:
             continue
         _fold(gm, node, site, norm)
         user.replace_all_uses_with(node)
-        stale = [n for n in user.all_input_nodes if n.op == "get_attr"]
-        gm.graph.erase_node(user)
-        for n in stale:
-            if not n.users:
-                gm.graph.erase_node(n)
+        sites.erase_unused(gm.graph, user)
         folded += 1
     result = finish(gm, ctx, {"batch norms folded": folded})
     if folded:
@@ -122,5 +118,5 @@ def _fold(gm: GraphModule, node: Node, site: ConvSite, norm: _Norm) -> None:
     sites.update(node, bias=name)
     old = node.args[2]
     node.update_arg(2, bias)
-    if isinstance(old, Node) and not old.users:
-        gm.graph.erase_node(old)
+    if isinstance(old, Node):
+        sites.erase_unused(gm.graph, old)

@@ -139,11 +139,7 @@ def _replace(gm: GraphModule, node: Node, source: Node, site: ConvSite) -> None:
         new = gm.graph.call_function(torch.conv2d, sites.vanilla_arguments(gm.graph, source, site))
     new.meta = {**node.meta, sites.META: site}
     node.replace_all_uses_with(new)
-    stale = [n for n in node.all_input_nodes if n.op == "get_attr"]
-    gm.graph.erase_node(node)
-    for n in stale:
-        if not n.users:
-            gm.graph.erase_node(n)
+    sites.erase_unused(gm.graph, node)
 
 
 def _is_tensor_attribute(gm: GraphModule, value: Any) -> bool:

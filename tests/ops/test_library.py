@@ -63,14 +63,15 @@ def test_without_the_extension_the_reference_runs_with_one_warning_that_says_how
         expected = torch.nn.functional.conv2d(x, conv.weight * mask, conv.bias, padding=1)
         ours = [str(w.message) for w in seen if "fxsparse" in str(w.message)]
         able = fxsparse.capabilities()
-        print(json.dumps([ours, able.cpu, able.cpu_error, able.cuda, fast.report.sparse,
+        print(json.dumps([ours, able.cpu, able.cpu_error, able.cuda, fast.report.sparse, str(fast.report),
                           (got - expected).abs().max().item()]))
         """
     )
-    warned, cpu, error, cuda, sparse, difference = json.loads(out)
+    warned, cpu, error, cuda, sparse, report, difference = json.loads(out)
     assert len(warned) == 1
     assert "pip install --no-build-isolation ." in warned[0]
     assert (cpu, error, cuda, sparse) == ("reference", "not here", False, 1)
+    assert "There is no compiled kernel for 'cpu' here" in report
     assert difference < 1e-5
 
 
