@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fxsparse
+from benchmarks.results import Results
+from fxsparse.plan import device_name
 
 COMMANDS = {
     "zoo": "convert the models of torchvision and timm and compare with the masked dense ones",
     "face": "a face detector that was really pruned, converted without loss",
     "lth": "a VGG-16 lottery ticket in the paper's own blocks",
     "layers": "single convolutions, regrouped and unstructured, against the best dense kernel",
+    "tuner": "how often calibration changes its mind, and what its choices cost",
+    "never-slower": "20 models at every density: the calibrated model must not be slower than the vanilla one",
 }
 
 
@@ -28,19 +31,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     modules = {}
     for name, what in COMMANDS.items():
         sub = commands.add_parser(name, help=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        modules[name] = importlib.import_module(f"benchmarks.{name}")
+        modules[name] = importlib.import_module(f"benchmarks.{name.replace('-', '_')}")
         modules[name].add_arguments(sub)
         sub.add_argument("--json", type=Path, metavar="PATH", help="write all numbers to this file")
     arguments = parser.parse_args(argv)
     print(_render_environment())
-    result = {
-        "command": arguments.command,
-        "environment": environment(),
-        **modules[arguments.command].run(arguments),
-    }
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    header = {"command": arguments.command, "environment": environment()}
+    arguments.results = Results(arguments.json, header)
+    return arguments.results.save(modules[arguments.command].run(arguments))
 
 
 def environment() -> dict[str, Any]:
@@ -49,18 +47,9 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "fxsparse": fxsparse.__version__,
         "cpu kernels": fxsparse.capabilities().cpu,
-        "cpu": _cpu_name(),
+        "cpu": device_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _render_environment() -> str:
@@ -68,4 +57,4 @@ def _render_environment() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(not main().get("ok", True))

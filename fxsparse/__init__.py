@@ -15,10 +15,16 @@ from typing import TYPE_CHECKING, Any
 from fxsparse import ops as ops
 
 if TYPE_CHECKING:
+    from fxsparse.calibration import calibrate as calibrate
     from fxsparse.conversion import convert as convert
+    from fxsparse.conversion import explain as explain
     from fxsparse.errors import FxsparseError as FxsparseError
+    from fxsparse.freezing import freeze as freeze
+    from fxsparse.freezing import to_dense as to_dense
+    from fxsparse.modes import Mode as Mode
+    from fxsparse.modes import set_mode as set_mode
     from fxsparse.ops.library import capabilities as capabilities
-    from fxsparse.passes.calibrate import calibrate as calibrate
+    from fxsparse.plan import Plan as Plan
     from fxsparse.regrouping import Regrouping as Regrouping
     from fxsparse.regrouping import Target as Target
     from fxsparse.regrouping import regroup as regroup
@@ -30,15 +36,21 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "FxsparseError": "fxsparse.errors",
+    "Mode": "fxsparse.modes",
+    "Plan": "fxsparse.plan",
     "Regrouping": "fxsparse.regrouping",
     "Report": "fxsparse.report",
     "Settings": "fxsparse.settings",
     "Target": "fxsparse.regrouping",
-    "calibrate": "fxsparse.passes.calibrate",
+    "calibrate": "fxsparse.calibration",
     "capabilities": "fxsparse.ops.library",
     "convert": "fxsparse.conversion",
+    "explain": "fxsparse.conversion",
+    "freeze": "fxsparse.freezing",
     "regroup": "fxsparse.regrouping",
     "regroup_masks": "fxsparse.regrouping",
+    "set_mode": "fxsparse.modes",
+    "to_dense": "fxsparse.freezing",
 }
 __all__ = ["__version__", "ops", *sorted(_PUBLIC)]
 

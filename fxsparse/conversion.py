@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -11,16 +12,17 @@ from torch import nn
 from tqdm import tqdm
 
 from fxsparse import names, sites
+from fxsparse.calibration import calibrate, record_shapes
 from fxsparse.capture import Captured, capture
+from fxsparse.graph_module import follow_training_flag
 from fxsparse.inputs import ExampleInputs
 from fxsparse.masks import BakedModel, bake
 from fxsparse.ops.library import has_kernel
 from fxsparse.passes import PASSES
 from fxsparse.passes.base import PassContext
-from fxsparse.passes.calibrate import calibrate
 from fxsparse.passes.lower_to_sparse import NOT_MEASURED
 from fxsparse.passes.normalize_convs import why_no_site
-from fxsparse.report import Report, Row, refresh
+from fxsparse.report import Report, Row, draw, graphs_of, refresh
 from fxsparse.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -58,11 +60,45 @@ def convert(
     selected = _select(baked.model, settings)
     captured = capture(baked.model, inputs, settings.capture)
     others = _run_passes(captured, baked, settings, selected)
-    measured = inputs is not None and settings.calibrate
-    refresh(captured.model, _first_report(captured, baked, others, measured=measured))
-    if measured:
-        calibrate(captured.model, example_inputs, margin=settings.margin, progress=settings.progress)
+    if inputs is not None:
+        record_shapes(captured.model, inputs)
+    refresh(captured.model, _first_report(captured, baked, others), draw(captured.model))
+    if inputs is not None and settings.calibrate:
+        calibrate(
+            captured.model,
+            example_inputs,
+            margin=settings.margin,
+            budget_s=settings.budget_s,
+            deploy=settings.deploy,
+            progress=settings.progress,
+        )
+    for gm in graphs_of(captured.model):
+        follow_training_flag(gm)
     return captured.model
+
+
+def explain(
+    model: nn.Module,
+    masks: Mapping[str, Any] | None = None,
+    *,
+    example_inputs: Any = None,
+    settings: Settings | None = None,
+) -> Report:
+    """Say what `convert` would make of a model, without measuring and without keeping the result.
+
+    Args:
+        model, masks, settings: as for `convert`.
+        example_inputs: as for `convert`; with them the report has the shapes and multiply-adds of every convolution.
+
+    Returns:
+        The report, with the paths that the cost model expects to be faster.
+
+    Raises:
+        FxsparseError: as `convert`.
+    """
+    settings = dataclasses.replace(settings or Settings(), calibrate=False)
+    report: Report = convert(model, masks, example_inputs=example_inputs, settings=settings).report  # type: ignore[assignment]
+    return report
 
 
 def _select(model: nn.Module, settings: Settings) -> frozenset[str]:
@@ -99,10 +135,8 @@ def _run_passes(
     return others
 
 
-def _first_report(captured: Captured, baked: BakedModel, others: list[tuple[str, str]], *, measured: bool) -> Report:
-    rows = tuple(
-        Row(name, None, None, None, None, None, None, "vanilla", None, None, reason) for name, reason in others
-    )
+def _first_report(captured: Captured, baked: BakedModel, others: list[tuple[str, str]]) -> Report:
+    rows = tuple(Row(name, reason=reason) for name, reason in others)
     notes = [*captured.notes, *baked.notes]
     for device in sorted({parameter.device.type for parameter in captured.model.parameters()}):
         if not has_kernel(torch.device(device)):
@@ -110,6 +144,5 @@ def _first_report(captured: Captured, baked: BakedModel, others: list[tuple[str,
                 f"There is no compiled kernel for '{device}' here (see fxsparse.capabilities()): sparse paths run on "
                 "the pure-torch reference, exact but slow."
             )
-    if not measured:
-        notes.append(f"The paths follow the cost model's estimate, {NOT_MEASURED}.")
-    return Report(rows, captured.rung, captured.refused, tuple(notes))
+    estimated = f"The paths follow the cost model's estimate, {NOT_MEASURED}."
+    return Report(rows, captured.rung, captured.refused, tuple(notes), (estimated,))

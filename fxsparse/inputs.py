@@ -26,7 +26,7 @@ class ExampleInputs:
 
         Args:
             given: a tensor, a tuple or list of positional arguments, a dict of keyword arguments, a shape (a tuple
-                of integers: a random tensor of the model's dtype and device is drawn), or None.
+                of integers: a random tensor of the model's dtype and device is drawn), ExampleInputs, or None.
             model: tells the dtype and device for a shape.
 
         Raises:
@@ -34,7 +34,9 @@ class ExampleInputs:
         """
         if given is None:
             return None
-        if isinstance(given, Tensor):
+        if isinstance(given, ExampleInputs):
+            made = cls(given.args, given.kwargs)
+        elif isinstance(given, Tensor):
             made = cls((given,), {})
         elif isinstance(given, Mapping):
             made = cls((), dict(given))

@@ -1,6 +1,6 @@
-"""Conv sites: one convolution call in a graph, in normal form, and its two ways to run.
+"""Conv sites: one convolution call in a graph, in normal form, and the ways to run it.
 
-Setting a site's path re-targets its node: a vanilla site is a plain `torch.conv2d` on the masked weight, a sparse one
+Setting a site's mode re-targets its node: a vanilla site is a plain `torch.conv2d` on the masked weight, a sparse one
 calls `torch.ops.fxsparse.conv2d` on the packed tensors. There is no branch at run time.
 """
 
@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from fxsparse import vanilla
 from fxsparse.regrouping import Regrouping
+from fxsparse.site_checks import checked_conv2d, timed_conv2d
 
 META = "fxsparse"
+TRAINING = "training"  # the value of Mode.TRAINING
 FOLDED = "_folded"  # ends the name of a weight that fold_constant_weights made
 _METADATA = ("shape", "ndim", "dtype", "device", "layout", "is_cuda", "requires_grad")
 PACKED_SUFFIXES = ("_values", "_columns", "_panels", "_rows")
@@ -44,6 +47,7 @@ class ConvSite:
         weight: name of the weight in the graph's module, for `get_attr`.
         bias: name of the bias, or None.
         weight_shape: (O, C / groups, kh, kw).
+        weight_layout: the memory layout of the weight as the user has it, "contiguous" or "channels_last".
         stride, dilation: (vertical, horizontal).
         padding: (top, bottom, left, right).
         padding_mode: "zeros", "reflect", "replicate" or "circular".
@@ -52,10 +56,18 @@ class ConvSite:
         regrouping: of the weight's mask, once regroup_weights has run.
         estimate: the cost model's sparse time over dense time, or None.
         packed: stem of the packed tensors' names (a weight used at two sites is packed once), or None.
-        path: "vanilla" or "sparse".
+        mask: name of the bool buffer that says which weights are kept, or None where none is pruned.
+        path: "vanilla" or "sparse": what the plan, or the user, chose.
+        mode: value of the `fxsparse.Mode` that its node is in; equal to `path` while the site just runs.
+        resume: the mode to go back to when TRAINING ends, or None outside of it.
+        frozen: whether `fxsparse.freeze` has dropped what the other path needs.
+        layout: the memory layout that it computes in, as calibrated, or None where that was not measured.
+        packing: "blocks" (as regrouped) or "rows" (every weight as residual).
         reason: why it has this path, for the report.
-        input_shape: as seen in calibration, or None.
+        input_shape, output_shape: as seen in calibration, or None.
         vanilla_ms, sparse_ms: medians of one call, measured, or None.
+        vanilla_ci, sparse_ci: 95 % confidence intervals of those medians.
+        bound_ms: roofline bound of the chosen path, or None.
     """
 
     name: str
@@ -67,15 +79,26 @@ class ConvSite:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     padding_mode: str = "zeros"
+    weight_layout: str = "contiguous"
     support: Support = Support(True)
     regrouping: Regrouping | None = None
     estimate: float | None = None
     packed: str | None = None
+    mask: str | None = None
     path: str = "vanilla"
+    mode: str = "vanilla"
+    resume: str | None = None
+    frozen: bool = False
+    layout: str | None = None
+    packing: str = "blocks"
     reason: str = ""
     input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
     vanilla_ms: float | None = None
+    vanilla_ci: tuple[float, float] | None = None
     sparse_ms: float | None = None
+    sparse_ci: tuple[float, float] | None = None
+    bound_ms: float | None = None
 
     @property
     def density(self) -> float | None:
@@ -191,24 +214,55 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 
 def set_path(gm: GraphModule, node: Node, path: str) -> None:
-    """Re-target a site's node to the `vanilla` or `sparse` path and drop what that leaves unused."""
-    site = node.meta[META]
-    if site.path == path:
+    """Choose the `vanilla` or `sparse` path for a site and put its node on it, whatever mode it was in."""
+    site: ConvSite = node.meta[META]
+    if site.path == site.mode == path:
         return
-    graph = gm.graph
-    source = input_node(node)
+    update(node, path=path, resume=None)
+    retarget(gm, node, path)
+
+
+def retarget(gm: GraphModule, node: Node, mode: str) -> None:
+    """Re-target a site's node to a mode, and drop what that leaves unused; its `path` stays.
+
+    The caller lints and recompiles. A mode that the site has nothing for (no mask to train under, no packed weight to
+    test) computes as the site's path does. A site that leaves TRAINING gets its weight packed again.
+
+    Args:
+        gm: owns the node.
+        node: of a conv site.
+        mode: value of a `fxsparse.Mode`.
+    """
+    site: ConvSite = node.meta[META]
+    if site.mode == TRAINING != mode:
+        refresh_weight(gm, site)
+    graph, source = gm.graph, input_node(node)
     leftover = [n for n in node.all_input_nodes if n is not source]
     with graph.inserting_before(node):
-        if path == "sparse":
-            node.target = torch.ops.fxsparse.conv2d.default
-            node.args = sparse_arguments(graph, source, site)
-        else:
-            node.target = torch.conv2d
-            node.args = vanilla_arguments(graph, source, site)
+        node.target, node.args = _call(graph, source, site, mode, node.name)
     node.kwargs = {}
-    update(node, path=path)
+    update(node, mode=mode)
     for other in leftover:
         erase_unused(graph, other)
+
+
+def _call(graph: Graph, source: Node, site: ConvSite, mode: str, node: str) -> tuple[Any, tuple[Any, ...]]:
+    """Build what a site's node calls in a mode, at the graph's insertion point."""
+    if mode == TRAINING and site.mask is not None:
+        # Not a product: an overflowed gradient times 0 is NaN, and would bring a pruned weight to life.
+        mask, weight = graph.get_attr(site.mask), graph.get_attr(site.weight)
+        return torch.conv2d, vanilla_arguments(graph, source, site, graph.call_function(torch.where, (mask, weight, 0)))
+    if mode == TRAINING:
+        return torch.conv2d, vanilla_arguments(graph, source, site)
+    if mode == "benchmark" or (mode == "test" and site.packed is not None):
+        weight = graph.get_attr(site.weight)
+        bias = None if site.bias is None else graph.get_attr(site.bias)
+        packed = None if site.packed is None else tuple(graph.get_attr(name) for name in site.packed_names)
+        arguments = (source, weight, bias, packed, *_geometry(site), site.path, site.name)
+        return (checked_conv2d, arguments) if mode == "test" else (timed_conv2d, (*arguments, node))
+    if mode == "sparse" or (mode != "vanilla" and site.path == "sparse"):
+        return torch.ops.fxsparse.conv2d.default, sparse_arguments(graph, source, site)
+    return torch.conv2d, vanilla_arguments(graph, source, site)
 
 
 def sparse_arguments(graph: Graph, source: Node, site: ConvSite) -> tuple[Any, ...]:
@@ -228,48 +282,39 @@ def sparse_arguments(graph: Graph, source: Node, site: ConvSite) -> tuple[Any, .
     )
 
 
-def vanilla_arguments(graph: Graph, source: Node, site: ConvSite) -> tuple[Any, ...]:
-    """Build the arguments of `torch.conv2d` at the graph's insertion point, with a pad before it where needed."""
-    weight = graph.get_attr(site.weight)
+def vanilla_arguments(graph: Graph, source: Node, site: ConvSite, weight: Node | None = None) -> tuple[Any, ...]:
+    """Build the arguments of `torch.conv2d` at the graph's insertion point, with a pad before it where needed.
+
+    Args:
+        graph: of the site.
+        source: what the site convolves.
+        site: the site.
+        weight: a node to use in the place of the site's weight.
+    """
+    weight = weight or graph.get_attr(site.weight)
     bias = None if site.bias is None else graph.get_attr(site.bias)
-    outer, inner = split_padding(site)
+    outer, inner = vanilla.split_padding(site.padding, site.padding_mode)
     if outer:
         source = graph.call_function(F.pad, (source, *outer))
     return source, weight, bias, site.stride, inner, site.dilation, site.groups
 
 
-def split_padding(site: ConvSite) -> tuple[tuple[tuple[int, ...], str] | None, tuple[int, int]]:
-    """Return the padding that `torch.conv2d` cannot do itself, as arguments of `F.pad`, and the one that it can."""
-    top, bottom, left, right = site.padding
-    if not any(site.padding) or (site.padding_mode == "zeros" and (top, left) == (bottom, right)):
-        return None, (top, left)
-    mode = "constant" if site.padding_mode == "zeros" else site.padding_mode
-    return ((left, right, top, bottom), mode), (0, 0)
+def _geometry(site: ConvSite) -> tuple[Any, ...]:
+    return site.stride, site.padding, site.dilation, site.groups, site.padding_mode
 
 
-def run_vanilla(gm: nn.Module, site: ConvSite, source: Tensor) -> Tensor:
-    """Run a site's vanilla path on a tensor, exactly as its node would."""
-    outer, inner = split_padding(site)
-    if outer:
-        source = F.pad(source, *outer)
+def run_vanilla(gm: nn.Module, site: ConvSite, source: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Run a site's vanilla path on a tensor, exactly as its node would, or with another weight."""
     bias = None if site.bias is None else attribute(gm, site.bias)
-    return torch.conv2d(source, attribute(gm, site.weight), bias, site.stride, inner, site.dilation, site.groups)
+    return vanilla.conv2d(source, attribute(gm, site.weight) if weight is None else weight, bias, *_geometry(site))
 
 
-def run_sparse(gm: nn.Module, site: ConvSite, source: Tensor) -> Tensor:
-    """Run a site's sparse path on a tensor, exactly as its node would."""
+def run_sparse(gm: nn.Module, site: ConvSite, source: Tensor, packed: tuple[Tensor, ...] | None = None) -> Tensor:
+    """Run a site's sparse path on a tensor, exactly as its node would, or with other packed tensors."""
     bias = None if site.bias is None else attribute(gm, site.bias)
-    result: Tensor = torch.ops.fxsparse.conv2d.default(
-        source,
-        *(attribute(gm, name) for name in site.packed_names),
-        bias,
-        site.weight_shape,
-        site.stride,
-        site.padding,
-        site.dilation,
-        site.groups,
-        site.padding_mode,
-    )
+    if packed is None:
+        packed = tuple(attribute(gm, name) for name in site.packed_names)
+    result: Tensor = torch.ops.fxsparse.conv2d.default(source, *packed, bias, site.weight_shape, *_geometry(site))
     return result
 
 
@@ -278,10 +323,28 @@ def input_node(node: Node) -> Node:
     site: ConvSite = node.meta[META]
     source = node.args[0]
     assert isinstance(source, Node)
-    if site.path == "vanilla" and split_padding(site)[0]:
+    # Only torch.conv2d leaves padding to a node before it.
+    if node.target is torch.conv2d and vanilla.split_padding(site.padding, site.padding_mode)[0]:
         source = source.args[0]
         assert isinstance(source, Node)
     return source
+
+
+@torch.no_grad()
+def refresh_weight(gm: nn.Module, site: ConvSite) -> None:
+    """Write exact zeros where a site's weight is pruned, and the weight as it is now into its packed form, in place.
+
+    An optimizer leaves pruned weights at zero where it sees zero gradients alone; one that adds noise does not, nor
+    does loading other weights.
+    """
+    weight = attribute(gm, site.weight)
+    if site.mask is not None:
+        revived = (weight != 0) & ~attribute(gm, site.mask)
+        if bool(revived.any()):  # a write would count as a change, which a pending backward refuses
+            weight.masked_fill_(revived, 0)
+    if site.packed is not None:
+        values, *tables = (attribute(gm, name) for name in site.packed_names)
+        values.copy_(torch.ops.fxsparse.repack(weight, *tables, values.numel()))
 
 
 def erase_unused(graph: Graph, node: Node) -> None:

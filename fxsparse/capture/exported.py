@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fxsparse.capture.refusal import Refusal, first_line, refuse_different_outputs, refuse_hooks
+from fxsparse.graph_module import ConvertedModule
 from fxsparse.inputs import ExampleInputs
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def _export(model: nn.Module, inputs: ExampleInputs, *, dynamic_batch: bool) -> 
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
     # Built anew, because export's own module refuses train() and eval().
-    gm = GraphModule(module, module.graph, type(model).__name__)
+    gm = ConvertedModule(module, module.graph, type(model).__name__)
     return gm.eval()
 
 

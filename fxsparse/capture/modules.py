@@ -8,6 +8,7 @@ from torch.fx import Graph, GraphModule
 
 from fxsparse import sites
 from fxsparse.capture.refusal import Refusal
+from fxsparse.graph_module import HOOKS, ConvertedModule
 from fxsparse.inputs import ExampleInputs
 
 # What other code of the model may read of its convolution, and what its hooks hang on.
@@ -23,14 +24,7 @@ _MIRRORED = (
     "groups",
     "padding_mode",
     "training",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
+    *HOOKS,
 )
 
 
@@ -67,7 +61,19 @@ def _graph_of(conv: nn.Module) -> GraphModule:
     node = graph.call_function(torch.conv2d, sites.vanilla_arguments(graph, source, site))
     node.meta[sites.META] = site
     graph.output(node)
-    gm = GraphModule(conv, graph, "ConvSite")
+    gm = ConvertedModule(conv, graph, "ConvSite")
     for name in _MIRRORED:
         gm.__dict__[name] = getattr(conv, name)
     return gm
+
+
+def plain_conv(gm: GraphModule) -> nn.Conv2d:
+    """Return a swapped convolution as the `nn.Conv2d` that it was, on the parameters that it has now."""
+    given = {name: getattr(gm, name) for name in _MIRRORED if name not in (*HOOKS, "training")}
+    del given["transposed"], given["output_padding"]
+    conv = nn.Conv2d(**given, bias=False, device="meta")
+    for name in ("weight", "bias"):
+        conv.register_parameter(name, getattr(gm, name, None))
+    for name in (*HOOKS, "training"):
+        conv.__dict__[name] = getattr(gm, name)
+    return conv

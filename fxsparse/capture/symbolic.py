@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Tracer
 
 from fxsparse.capture.refusal import Refusal, first_line, refuse_different_outputs, refuse_hooks
+from fxsparse.graph_module import ConvertedModule
 from fxsparse.inputs import ExampleInputs
 
 
@@ -28,7 +29,7 @@ def capture_symbolic(
                 "call model.eval() first to convert it for inference"
             )
         notes.append(f"The graph holds the behaviour in evaluation mode only ({other}).")
-    gm = GraphModule(model, graph, type(model).__name__)
+    gm = ConvertedModule(model, graph, type(model).__name__)
     refuse_different_outputs(model, gm, inputs)
     return gm, [("", gm)], notes
 

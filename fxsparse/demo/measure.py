@@ -109,7 +109,7 @@ def compiled_arm(masked: SmallVgg, x: Tensor) -> tuple[Callable[[], Any] | None,
 
 def speed(arms: Mapping[str, Callable[[], Any]], *, budget_s: float) -> dict[str, timing.Timing]:
     """Time the arms, interleaved."""
-    return timing.interleaved(arms, torch.device("cpu"), budget_s=budget_s, max_rounds=500, sample_ms=1.0)
+    return dict(timing.interleaved(arms, torch.device("cpu"), budget_s=budget_s, max_rounds=500, sample_ms=1.0))
 
 
 @contextmanager

@@ -105,14 +105,16 @@ def _fold(gm: GraphModule, node: Node, site: ConvSite, norm: _Norm) -> None:
         if norm.weight is not None:
             scale = scale * norm.weight.double()
         weight = sites.attribute(gm, site.weight)
-        old_bias = 0.0 if site.bias is None else sites.attribute(gm, site.bias).double()
-        new_bias = (old_bias - norm.mean.double()) * scale
+        old_bias = None if site.bias is None else sites.attribute(gm, site.bias)
+        new_bias = ((0.0 if old_bias is None else old_bias.double()) - norm.mean.double()) * scale
         if norm.bias is not None:
             new_bias = new_bias + norm.bias.double()
         folded = (weight.double() * scale[:, None, None, None]).to(weight.dtype)
-        sites.set_attribute(gm, site.weight, nn.Parameter(folded, requires_grad=False))
+        sites.set_attribute(gm, site.weight, nn.Parameter(folded, requires_grad=weight.requires_grad))
         name = site.bias or site.weight.removesuffix("weight") + "bias"
-        sites.set_attribute(gm, name, nn.Parameter(new_bias.to(weight.dtype), requires_grad=False))
+        # Whoever trains the result trains the folded weight, and a bias that holds what any of these would learn.
+        trained = any(t is not None and t.requires_grad for t in (weight, old_bias, norm.bias))
+        sites.set_attribute(gm, name, nn.Parameter(new_bias.to(weight.dtype), requires_grad=trained))
     with gm.graph.inserting_before(node):
         bias = gm.graph.get_attr(name)
     sites.update(node, bias=name)

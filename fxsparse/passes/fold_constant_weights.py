@@ -35,8 +35,9 @@ def fold_constant_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
         if value is None:
             continue
         name = _fresh_name(gm, sources[0])
+        trained = value.is_floating_point() and any(sites.attribute(gm, source).requires_grad for source in sources)
         owner, _, leaf = name.rpartition(".")
-        gm.get_submodule(owner).register_parameter(leaf, nn.Parameter(value.clone(), requires_grad=False))
+        gm.get_submodule(owner).register_parameter(leaf, nn.Parameter(value.clone(), requires_grad=trained))
         with gm.graph.inserting_before(weight):
             weight.replace_all_uses_with(gm.graph.get_attr(name))
         folded += 1

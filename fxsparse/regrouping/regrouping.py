@@ -134,6 +134,21 @@ class Regrouping:
         _, first = np.unique(labels[labels >= 0], return_index=True)
         return build(matrix, groups, labels, matrix[np.flatnonzero(labels >= 0)[first]])
 
+    @classmethod
+    def all_residual(cls, mask: Any, groups: int = 1) -> Regrouping:
+        """Make a regrouping without blocks: every kept weight is residual.
+
+        Args:
+            mask: as in ``fxsparse.regroup``.
+            groups: convolution groups.
+
+        Raises:
+            FxsparseError: the mask or ``groups`` cannot be read.
+        """
+        matrix = as_mask_matrix(mask)
+        rows, columns = np.nonzero(matrix)
+        return cls(matrix.shape, as_groups(groups, matrix.shape[0]), (), rows, columns)
+
     @property
     def block_area(self) -> int:
         """Weights stored in blocks, fill-in included, lane padding not."""

@@ -76,6 +76,17 @@ def test_zeros_of_the_weight_stay_zeros() -> None:
     assert torch.equal(gm.conv.weight == 0, zero)
 
 
+@pytest.mark.parametrize("trained", ["conv.weight", "conv.bias", "bn.bias", "nothing"])
+def test_a_folded_weight_is_trained_where_it_was_and_a_bias_where_anything_was(trained: str) -> None:
+    root = {"conv": nn.Conv2d(4, 6, 3), "bn": norm()}
+    gm = build(root, lambda g, x: g.call_module("bn", (g.call_module("conv", (x,)),)))
+    for name, parameter in gm.named_parameters():
+        parameter.requires_grad_(name == trained)
+    assert folded(gm) == 1
+    assert gm.conv.weight.requires_grad == (trained == "conv.weight")
+    assert gm.conv.bias.requires_grad == (trained != "nothing")
+
+
 def two_readers(g, x):
     y = g.call_module("conv", (x,))
     return g.call_function(torch.add, (g.call_module("bn", (y,)), y))

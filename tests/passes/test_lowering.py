@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,7 +44,10 @@ def test_a_pruned_convolution_becomes_a_sparse_node_with_buffers_under_its_name(
         "conv.weight_columns",
         "conv.weight_panels",
         "conv.weight_rows",
+        "conv.weight_mask",
     }
+    assert site.mask == "conv.weight_mask"
+    assert torch.equal(gm.conv.weight_mask, conv.weight != 0)
     assert agree(gm, conv(X), X)
 
 
@@ -65,15 +69,15 @@ def test_a_path_can_be_set_back_and_forth_and_leaves_no_dead_nodes(mode: str, pa
 
 
 @pytest.mark.parametrize(
-    ("conv", "reason"),
+    ("make", "reason"),
     [
-        (nn.Conv2d(16, 32, 3), "no zeros in the weight"),
-        (pruned_conv(0.5, out=3), r"the cost model expects 2\.\d\dx the dense time at density 0\.[45]"),
-        (pruned_conv().to(torch.float8_e5m2), "weight dtype float8_e5m2 .supported: float32, float64,"),
+        (lambda: nn.Conv2d(16, 32, 3), "no zeros in the weight"),
+        (lambda: pruned_conv(0.5, out=3), r"the cost model expects 2\.\d\dx the dense time at density 0\.[45]"),
+        (lambda: pruned_conv().to(torch.float8_e5m2), "weight dtype float8_e5m2 .supported: float32, float64,"),
     ],
 )
-def test_what_stays_dense_says_why(conv: nn.Conv2d, reason: str) -> None:
-    gm, node, site = lowered(conv)
+def test_what_stays_dense_says_why(make: Callable[[], nn.Conv2d], reason: str) -> None:
+    gm, node, site = lowered(make())
     assert (site.path, site.packed, node.target) == ("vanilla", None, torch.conv2d)
     assert not site.support.ok
     assert re.search(reason, site.reason)
@@ -82,8 +86,25 @@ def test_what_stays_dense_says_why(conv: nn.Conv2d, reason: str) -> None:
 def test_a_convolution_left_out_by_the_rules_says_so() -> None:
     ctx = context()
     ctx.selected = frozenset({"other"})
-    _, _, site = lowered(pruned_conv(), ctx)
+    gm, _, site = lowered(pruned_conv(), ctx)
     assert site.reason == "left out by the include and exclude rules"
+    assert torch.equal(gm.conv.weight_mask, gm.conv.weight != 0)
+
+
+def test_a_mask_takes_another_name_where_the_users_model_has_that_one() -> None:
+    conv = pruned_conv()
+    conv.register_buffer("weight_mask", torch.ones(3))
+    gm = build(
+        {"conv": conv},
+        lambda g, x: g.call_function(
+            torch.add, (g.call_module("conv", (x,)), g.call_method("sum", (g.get_attr("conv.weight_mask"),)))
+        ),
+    )
+    for run in PASSES:
+        run(gm, context())
+    ((_, site),) = sites.conv_sites(gm)
+    assert site.mask == "conv.weight_mask_"
+    assert agree(gm, conv(X) + 3, X)
 
 
 def test_a_given_mask_wins_over_the_zeros_of_the_weight() -> None:
@@ -91,8 +112,9 @@ def test_a_given_mask_wins_over_the_zeros_of_the_weight() -> None:
     kept = (conv.weight != 0) | (torch.rand_like(conv.weight) < 0.05)
     ctx = context()
     ctx.masks = {"conv.weight": WeightMask(kept, None, "masks")}
-    _, _, site = lowered(conv, ctx)
+    gm, _, site = lowered(conv, ctx)
     assert site.density == pytest.approx(kept.float().mean().item())
+    assert torch.equal(gm.conv.weight_mask, kept)
 
 
 def test_an_empty_mask_leaves_the_bias() -> None:
