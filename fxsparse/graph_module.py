@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch.fx import GraphModule, Node
+from torch.fx.graph import PythonCode
 
-from fxsparse import layouts, sites
+from fxsparse import layouts, shared_paths, sites
 from fxsparse.errors import FxsparseError
 from fxsparse.plan import Move
 from fxsparse.sites import TRAINING, ConvSite
@@ -42,6 +43,11 @@ class ConvertedModule(GraphModule):
             end_training(self)
         super().train(mode)
         return self
+
+    def recompile(self) -> PythonCode:
+        """Generate the code, with each module's path looked up once."""
+        shared_paths.install(self)
+        return super().recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         """Copy the graph with its hooks and plain attributes, which GraphModule drops."""

@@ -26,7 +26,7 @@ _META = "fxsparse_move"
 def current(gm: GraphModule, prefix: str = "") -> tuple[Move, ...]:
     """Return the changes of layout that a graph holds."""
     return tuple(
-        Move(prefix, str(node.all_input_nodes[0]), node.meta[_META], tuple(sorted(_reader_names(node))))
+        Move(prefix, str(node.all_input_nodes[0]), node.meta[_META], readers_of(node))
         for node in gm.graph.nodes
         if _META in node.meta
     )
@@ -89,11 +89,13 @@ def _lay_out_weight(gm: GraphModule, site: ConvSite, layout: str) -> None:
         weight.data = moved  # the same parameter, for optimizers that hold it
 
 
-def _reader_names(moved: Node) -> Iterable[str]:
-    """Name the readers by nodes that stay when a site changes its path: the convolution, not the pad before it."""
-    for user in moved.users:
-        site_nodes = [n for n in user.users if sites.site_of(n) is not None and sites.input_node(n) is moved]
-        yield site_nodes[0].name if site_nodes else user.name
+def readers_of(node: Node) -> tuple[str, ...]:
+    """Name the readers of a value by nodes that stay when a site changes its path: not by the pad before it."""
+    names = set()
+    for user in node.users:
+        padded = [n.name for n in user.users if sites.site_of(n) is not None and sites.input_node(n) is node]
+        names.update(padded or [user.name])
+    return tuple(sorted(names))
 
 
 def _reading_node(reader: Node, value: Node | None) -> Node | None:

@@ -303,17 +303,25 @@ def _geometry(site: ConvSite) -> tuple[Any, ...]:
     return site.stride, site.padding, site.dilation, site.groups, site.padding_mode
 
 
-def run_vanilla(gm: nn.Module, site: ConvSite, source: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Run a site's vanilla path on a tensor, exactly as its node would, or with another weight."""
+def run_vanilla(gm: nn.Module, site: ConvSite, source: Tensor) -> Tensor:
+    """Run a site's vanilla path on a tensor, exactly as its node would."""
     bias = None if site.bias is None else attribute(gm, site.bias)
-    return vanilla.conv2d(source, attribute(gm, site.weight) if weight is None else weight, bias, *_geometry(site))
+    return vanilla_conv2d(site, source, attribute(gm, site.weight), bias)
 
 
-def run_sparse(gm: nn.Module, site: ConvSite, source: Tensor, packed: tuple[Tensor, ...] | None = None) -> Tensor:
-    """Run a site's sparse path on a tensor, exactly as its node would, or with other packed tensors."""
+def run_sparse(gm: nn.Module, site: ConvSite, source: Tensor) -> Tensor:
+    """Run a site's sparse path on a tensor, exactly as its node would."""
     bias = None if site.bias is None else attribute(gm, site.bias)
-    if packed is None:
-        packed = tuple(attribute(gm, name) for name in site.packed_names)
+    return sparse_conv2d(site, source, tuple(attribute(gm, name) for name in site.packed_names), bias)
+
+
+def vanilla_conv2d(site: ConvSite, source: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve as a site does, on a dense weight."""
+    return vanilla.conv2d(source, weight, bias, *_geometry(site))
+
+
+def sparse_conv2d(site: ConvSite, source: Tensor, packed: tuple[Tensor, ...], bias: Tensor | None) -> Tensor:
+    """Convolve as a site does, on a packed weight."""
     result: Tensor = torch.ops.fxsparse.conv2d.default(source, *packed, bias, site.weight_shape, *_geometry(site))
     return result
 

@@ -11,12 +11,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fxsparse.errors import FxsparseError
 
+Result = TypeVar("Result")
 Arm = Callable[[], Any]
 Calls = Sequence[tuple[Arm, int]]  # what to call, and how often in a row
 Clock = Callable[[Calls], list[float]]  # milliseconds of one call, for each of the calls
@@ -173,15 +174,48 @@ def interleaved(
         names = list(arms)
         start = time.perf_counter()
         for i in range(max_rounds):
-            order = _order(len(names), i)
-            times = clock([calls[k] for k in order])
-            for k, ms in zip(order, times, strict=True):
+            turn = order(len(names), i)
+            times = clock([calls[k] for k in turn])
+            for k, ms in zip(turn, times, strict=True):
                 samples[names[k]].append(max(ms, _SHORTEST_MS))
             if i + 1 < min_rounds:
                 continue
             if time.perf_counter() - start > budget_s or (stop is not None and stop(Timings(samples))):
                 break
     return Timings(samples)
+
+
+def one_round(arms: Mapping[str, Arm], device: torch.device, index: int, *, cold: bool = True) -> dict[str, float]:
+    """Call each of several callables once and time it: for samples that are taken between other work.
+
+    Args:
+        arms: by name, what to call. What an arm raises is not caught.
+        device: where they compute.
+        index: of the round, which rotates the order as in `interleaved`.
+        cold: as in `interleaved`.
+
+    Returns:
+        By name, milliseconds.
+    """
+    clock = _cuda_clock(device, cold) if device.type == "cuda" else _cpu_clock
+    names = list(arms)
+    turn = order(len(names), index)
+    times = clock([(arms[names[k]], 1) for k in turn])
+    return {names[k]: max(ms, _SHORTEST_MS) for k, ms in zip(turn, times, strict=True)}
+
+
+def one_call(arm: Callable[[], Result], device: torch.device, *, cold: bool = True) -> tuple[float, Result]:
+    """Call something once; return its milliseconds and its result.
+
+    Args:
+        arm: what to call. What it raises is not caught.
+        device: where it computes.
+        cold: as in `interleaved`.
+    """
+    result = []
+    clock = _cuda_clock(device, cold) if device.type == "cuda" else _cpu_clock
+    (ms,) = clock([(lambda: result.append(arm()), 1)])
+    return max(ms, _SHORTEST_MS), result[0]
 
 
 def graphed(arm: Arm, device: torch.device) -> Arm:
@@ -238,7 +272,7 @@ def _is_stable(times: list[float]) -> bool:
     return len(times) >= 2 * _WARM_UP_WINDOW and _quantile(last, 0.5) >= _STILL_FALLS * _quantile(before, 0.5)
 
 
-def _order(count: int, index: int) -> list[int]:
+def order(count: int, index: int) -> list[int]:
     """Return the order of `count` arms in a round: over 2 · count rounds each follows each other equally often.
 
     This is Williams' design: the rotations of 0, 1, -1, 2, -2, ..., and then the same backwards.

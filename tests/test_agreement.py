@@ -157,7 +157,8 @@ def test_what_the_backend_may_round_is_allowed(precision: str) -> None:
     gm, site = site_with(pruned(32))
     x = torch.randn(1, 32, 8, 8)
     vanilla = sites.run_vanilla(gm, site, x).detach()
-    rounded = sites.run_vanilla(gm, site, x.bfloat16().float(), gm.get_parameter("0.weight").bfloat16().float())
+    weight, bias = (gm.get_parameter(name) for name in ("0.weight", "0.bias"))
+    rounded = sites.vanilla_conv2d(site, x.bfloat16().float(), weight.bfloat16().float(), bias)
     assert compare(gm, site, x, vanilla, rounded) is not None
     before = torch.backends.mkldnn.conv.fp32_precision
     try:

@@ -29,11 +29,13 @@ from fxsparse.errors import FxsparseError
 from fxsparse.graph_module import follow_training_flag
 from fxsparse.inputs import ExampleInputs, unchanged_state
 from fxsparse.plan import DEPLOYMENTS, Plan, PlanEntry, PlanKey, SitePlan
-from fxsparse.sites import site_of, update
+from fxsparse.sites import META, site_of, update
 
 log = logging.getLogger(__name__)
 
-_SITE_S, _MODEL_S = 0.2, 2.0
+# Seconds, where no budget is given: for each convolution, for all of them at least and at most, for the whole model.
+_SITE_S, _LEAST_S, _MOST_S, _MODEL_S = 0.1, 2.0, 10.0, 2.0
+_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s"
 # Shares of a time budget; the rest goes to copies, packing and the run itself.
 _SITES_SHARE, _MODEL_SHARE = 0.55, 0.3
 _NOISY = 0.25  # distance of the quartiles over the median, of all-vanilla times
@@ -62,7 +64,8 @@ def calibrate(
         model: what `fxsparse.convert` returned; it is changed in place.
         example_inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or an input shape.
         margin: share by which a choice must be faster than vanilla to be taken: 0.05 is 5 %.
-        budget_s: seconds to spend, about; None gives every convolution 0.2 s and the whole model 2 s.
+        budget_s: seconds to spend, about; None gives every convolution 0.1 s, all of them 2 s to 10 s,
+            and the whole model 2 s.
         deploy: how the model will run: "eager", "compiled" (whole models are timed through torch.compile) or "graph"
             (everything is timed as replays of CUDA graphs).
         plan: recorded earlier, maybe elsewhere; merged into the model's own. An entry for just these inputs, on this
@@ -98,11 +101,11 @@ def calibrate(
     key = PlanKey(plans.device_name(device), _dtype(model, inputs, device), _shapes(inputs), deploy)
     recorded = model.__dict__.get("plan", Plan()).merged(plan or Plan())
     warnings: tuple[str, ...] = ()
-    entry = recorded.exact(key) if plan is not None else None
+    entry = recorded.exact(key) if plan is not None and only is None else None
     if deterministic:
+        if only is not None:
+            raise FxsparseError("deterministic=True follows a plan as a whole. Leave sites at '*'.")
         entry, warnings = recorded.nearest(key)
-    if entry is not None and only is not None:
-        entry = _merged(model, entry, only)
     if entry is None:
         run = _Run(model, inputs, key, device, margin, budget_s, only, progress)
         (entry,) = plans.share(lambda: Plan((run.entry(),)), device).entries
@@ -159,7 +162,7 @@ class _Run:
 
         def decided(*, sparse: bool, moving: bool) -> PlanEntry:
             by_graph = [
-                decide(gm, name, found, self.margin, sparse=sparse, moving=moving)
+                decide(gm, name, found, self.margin, sparse=sparse, moving=moving, only=self.only is not None)
                 for name, gm in graphs(measured).items()
             ]
             plan_of = {node: plan for decision in by_graph for node, plan in decision.sites.items()}
@@ -168,11 +171,13 @@ class _Run:
                 for key, _, node in keyed(measured)
             }
             moves = tuple(move for decision in by_graph for move in decision.moves)
-            entry = PlanEntry(self.key, by_key, moves, environment=environment)
+            return PlanEntry(self.key, by_key, moves, environment=environment)
+
+        def whole(entry: PlanEntry) -> PlanEntry:
             return entry if self.only is None else _merged(self.model, entry, self.only)
 
         sparse_alone = decided(sparse=True, moving=False)
-        candidates = [("sparse", sparse_alone)]
+        candidates = [("sparse", whole(sparse_alone))]
         if self.only is None:
             candidates.append(("layouts", decided(sparse=False, moving=True)))
             candidates.append(("sparse and layouts", decided(sparse=True, moving=True)))
@@ -181,7 +186,7 @@ class _Run:
         log.info("Whole model: '%s' is the fastest of %s", verdict.name, [VANILLA, *variants])
         best = variants.get(verdict.name)
         return dataclasses.replace(
-            best or _reverted(sparse_alone, self.only),
+            best or whole(_reverted(sparse_alone)),
             model_vanilla_ms=verdict.vanilla_ms,
             model_ms=verdict.model_ms,
             notes=(*_noise_notes(found, verdict.spread), *_layout_notes(found)),
@@ -190,12 +195,14 @@ class _Run:
     def _measure(self, measured: nn.Module) -> Measurements:
         names_of = [site.name for _, gm, node in keyed(measured) if (site := site_of(node)) is not None]
         count = sum(self.only is None or name in self.only for name in names_of)
-        site_s = _SITE_S if self.budget_s is None else self.budget_s * _SITES_SHARE / max(count, 1)
-        effort = Effort(site_s, self.margin, self.key.deploy == "graph", self.only)
+        seconds = min(max(_SITE_S * count, _LEAST_S), _MOST_S)
+        if self.budget_s is not None:
+            seconds = self.budget_s * _SITES_SHARE
+        effort = Effort(seconds, self.margin, self.key.deploy == "graph", self.only)
         quiet = not self.progress
         with (
             unchanged_state(self.model),
-            tqdm(total=count, desc="Calibrating", unit="conv", disable=quiet, leave=False) as bar,
+            tqdm(total=seconds, desc="Calibrating", bar_format=_BAR, disable=quiet, leave=False) as bar,
         ):
             return measure(measured, self.inputs, effort, bar)
 
@@ -206,22 +213,24 @@ class _Run:
 
 
 def _merged(model: nn.Module, entry: PlanEntry, only: frozenset[str]) -> PlanEntry:
-    """Return an entry that changes the named sites only; the rest, and the layouts, are as they are in the model."""
+    """Return an entry that changes the named sites only; the rest is as it is in the model."""
     now, moves = current(model)
     kept = {key: plan for key, plan in now.items() if key.partition("#")[0] not in only}
-    return dataclasses.replace(entry, sites={**entry.sites, **kept}, moves=moves, model_vanilla_ms=None, model_ms=None)
+    nodes = {node.name for _, _, node in keyed(model) if node.meta[META].name in only}
+    around = tuple(move for move in moves if move.value not in nodes)
+    return dataclasses.replace(
+        entry, sites={**entry.sites, **kept}, moves=around + entry.moves, model_vanilla_ms=None, model_ms=None
+    )
 
 
-def _reverted(entry: PlanEntry, only: frozenset[str] | None) -> PlanEntry:
-    """Return the entry with the sites it was to decide vanilla, because the whole model gained nothing."""
+def _reverted(entry: PlanEntry) -> PlanEntry:
+    """Return the entry with every site vanilla, because the whole model gained nothing."""
 
-    def vanilla(key: str, plan: SitePlan) -> SitePlan:
-        if only is not None and key.partition("#")[0] not in only:
-            return plan
+    def vanilla(plan: SitePlan) -> SitePlan:
         reason = "wins alone, but the whole model was not faster" if plan.path == "sparse" else plan.reason
         return dataclasses.replace(plan, path="vanilla", layout=None, reason=reason)
 
-    return dataclasses.replace(entry, sites={key: vanilla(key, plan) for key, plan in entry.sites.items()})
+    return dataclasses.replace(entry, sites={key: vanilla(plan) for key, plan in entry.sites.items()}, moves=())
 
 
 def _bounds(model: nn.Module, found: Measurements, device: torch.device) -> dict[tuple[Node, str], float]:

@@ -8,9 +8,10 @@ from collections import defaultdict
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import sites
+from fxsparse import layouts, sites
 from fxsparse.calibration.joint import Option, Step, solve
-from fxsparse.calibration.measuring import Candidate, Measured, Measurements
+from fxsparse.calibration.measuring import Measurements
+from fxsparse.calibration.samples import Candidate, Measured, Samples
 from fxsparse.calibration.transparency import is_transparent
 from fxsparse.layouts import MEMORY_FORMATS
 from fxsparse.plan import Move, SitePlan
@@ -28,7 +29,14 @@ class Decision:
 
 
 def decide(
-    gm: GraphModule, prefix: str, found: Measurements, margin: float, *, sparse: bool = True, moving: bool = True
+    gm: GraphModule,
+    prefix: str,
+    found: Measurements,
+    margin: float,
+    *,
+    sparse: bool = True,
+    moving: bool = True,
+    only: bool = False,
 ) -> Decision:
     """Choose for every site of a graph.
 
@@ -38,13 +46,18 @@ def decide(
         found: measurements of this graph's nodes.
         margin: share by which anything must be faster than vanilla in the layout that arrives.
         sparse: allow sparse paths.
-        moving: allow changes of layout; only where the graph does.
+        moving: allow vanilla paths in another layout than the captured one.
+        only: not all sites were measured: nothing around those that were may change.
     """
     allowed = _candidates(gm, found, sparse=sparse)
-    if moving and found.layouts[gm].ok:
+    if not moving:
+        for node, candidates in allowed.items():
+            default = found.sites[node].default
+            allowed[node] = [c for c in candidates if c.path == "sparse" or c == default]
+    if found.layouts[gm].ok and not only:
         chosen, moves = _jointly(gm, prefix, found, allowed, margin)
     else:
-        chosen, moves = _one_by_one(found, allowed, margin), ()
+        chosen, moves = _one_by_one(prefix, found, allowed, margin)
     plans = {}
     for node, site in sites.conv_sites(gm):
         measured = found.sites.get(node)
@@ -59,9 +72,9 @@ def _candidates(gm: GraphModule, found: Measurements, *, sparse: bool) -> dict[N
         measured = found.sites.get(node)
         if measured is None or site.packed is None:
             continue
-        for packing in {c.packing for c in measured.ms if c.path == "sparse"}:
-            best = min(ms for c, ms in measured.ms.items() if c.packing == packing)
-            totals[site.packed][packing] += best
+        ms = measured.ms
+        for packing in {c.packing for c in ms if c.path == "sparse"}:
+            totals[site.packed][packing] += min(ms[c] for c in ms if c.packing == packing)
     allowed = {}
     for node, site in sites.conv_sites(gm):
         if node not in found.sites:
@@ -69,27 +82,36 @@ def _candidates(gm: GraphModule, found: Measurements, *, sparse: bool) -> dict[N
         packing = min(totals[site.packed], key=totals[site.packed].__getitem__) if site.packed in totals else ""
         allowed[node] = [
             candidate
-            for candidate in found.sites[node].ms
+            for candidate in found.sites[node].candidates.values()
             if candidate.path == "vanilla"
-            or (sparse and candidate.packing == packing and candidate in found.sites[node].beyond_noise)
+            or (sparse and candidate.packing == packing and found.sites[node].beyond_noise(candidate))
         ]
     return allowed
 
 
-def _cost(measured: Measured, candidate: Candidate, margin: float) -> float:
-    """Return the time of a candidate; vanilla in the layout that arrives is the default, others must win clearly."""
-    default = candidate == next(iter(measured.ms))
-    return measured.ms[candidate] * (1 if default else 1 + margin)
+def _costs(measured: Measured, margin: float) -> dict[Candidate, float]:
+    """Return the times of all candidates; the default, vanilla as its input arrives, must be beaten clearly."""
+    return {c: ms if c == measured.default else ms * (1 + margin) for c, ms in measured.ms.items()}
 
 
-def _one_by_one(found: Measurements, allowed: dict[Node, list[Candidate]], margin: float) -> dict[Node, Candidate]:
-    chosen = {}
+def _one_by_one(
+    prefix: str, found: Measurements, allowed: dict[Node, list[Candidate]], margin: float
+) -> tuple[dict[Node, Candidate], tuple[Move, ...]]:
+    """Choose at each site alone; its output goes back into the layout that it has in the all-vanilla model."""
+    chosen, moves = {}, []
     for node, candidates in allowed.items():
         measured = found.sites[node]
-        arrives = next(iter(measured.ms)).needs
-        here = [candidate for candidate in candidates if candidate.needs == arrives]
-        chosen[node] = min(here, key=lambda candidate: _cost(measured, candidate, margin))
-    return chosen
+        costs = _costs(measured, margin)
+        gives = measured.default.gives
+        for candidate in candidates:
+            if candidate.gives != gives and node in found.values:
+                seen = found.values[node]
+                costs[candidate] += _times(found.moves[(seen.shape, seen.dtype)])[gives]
+        here = [candidate for candidate in candidates if candidate.needs == measured.default.needs]
+        chosen[node] = min(here, key=costs.__getitem__)
+        if chosen[node].gives != gives:
+            moves.append(Move(prefix, node.name, gives, layouts.readers_of(node)))
+    return chosen, tuple(moves)
 
 
 def _jointly(
@@ -114,21 +136,24 @@ def _jointly(
                     needs = Option(layout_of[value], "", 0.0)
                     steps.append(Step(f"output {value.name}", (value.name,), (needs,)))
     moves_ms = {
-        (node.name, layout): found.moves[(seen.shape, seen.dtype, layout)]
+        (node.name, layout): ms
         for node, seen in found.values.items()
         if node in layout_of
-        for layout in MEMORY_FORMATS
+        for layout, ms in _times(found.moves[(seen.shape, seen.dtype)]).items()
     }
     choice = solve(steps, moves_ms)
     chosen = {}
     for node, candidates in allowed.items():
         label = choice.options[node.name].label
-        chosen[node] = next(candidate for candidate in candidates if _label(candidate) == label)
+        chosen[node] = next(candidate for candidate in candidates if str(candidate) == label)
     return chosen, _moves(prefix, steps, choice.options)
 
 
-def _label(candidate: Candidate) -> str:
-    return f"{candidate.path} {candidate.packing} {candidate.needs}"
+def _times(samples: Samples | None) -> dict[str, float]:
+    """Return the medians by layout; without samples the layout makes no difference."""
+    if samples is None:
+        return dict.fromkeys(MEMORY_FORMATS, 0.0)
+    return {layout: samples.summary(layout).median_ms for layout in MEMORY_FORMATS}
 
 
 def _options(
@@ -143,18 +168,23 @@ def _options(
     """Return the ways to run a node, or None where it is opaque."""
     if node in allowed:
         measured = found.sites[node]
+        costs = _costs(measured, margin)
         # Where the strides fit both layouts, as with one pixel, the candidate runs alike in both.
         return tuple(
-            Option(layout, layout if c.path == "vanilla" else c.gives, _cost(measured, c, margin), _label(c))
+            Option(needs, gives, costs[c], str(c))
             for c in allowed[node]
-            for layout in ((c.needs,) if measured.input.layout else MEMORY_FORMATS)
+            for needs, gives in ([(c.needs, c.gives)] if measured.input.layout else _either(c))
         )
     if node not in layout_of or not read or node.op == "placeholder" or not is_transparent(gm, node):
         return None
     if any(_is_map(gm, value) for value in node.all_input_nodes):
         return None
-    times = found.others.get(node, dict.fromkeys(MEMORY_FORMATS, 0.0))
+    times = _times(found.others.get(node))
     return tuple(Option(layout, layout, times[layout]) for layout in MEMORY_FORMATS)
+
+
+def _either(candidate: Candidate) -> list[tuple[str, str]]:
+    return [(layout, layout if candidate.path == "vanilla" else candidate.gives) for layout in MEMORY_FORMATS]
 
 
 def _is_map(gm: GraphModule, node: Node) -> bool:
@@ -188,7 +218,7 @@ def _baseline_layouts(gm: GraphModule, found: Measurements) -> dict[Node, str]:
     layout_of: dict[Node, str] = {}
     for node in gm.graph.nodes:
         seen = found.values.get(node)
-        if seen is None or (seen.shape, seen.dtype, "contiguous") not in found.moves:
+        if seen is None or (seen.shape, seen.dtype) not in found.moves:
             continue
         inherited = next((layout_of[value] for value in node.all_input_nodes if value in layout_of), "contiguous")
         layout_of[node] = seen.layout or inherited
@@ -218,18 +248,19 @@ def _not_reached() -> SitePlan:
 
 def _site_plan(site: ConvSite, measured: Measured, chosen: Candidate, margin: float) -> SitePlan:
     # The other path is shown as it would run here: without a change of layout that the plan does not make.
-    vanilla = Candidate("vanilla", "", chosen.needs)
+    vanilla = measured.vanilla_on(chosen.needs)
     sparse = chosen if chosen.path == "sparse" else measured.best("sparse")
+    ms = measured.ms
     return SitePlan(
         path=chosen.path,
         layout=chosen.gives,
         packing=sparse.packing if sparse else "blocks",
         input_shape=measured.input.shape,
         output_shape=measured.output_shape,
-        vanilla_ms=measured.ms[vanilla],
-        vanilla_ci=measured.ci[vanilla],
-        sparse_ms=measured.ms[sparse] if sparse else None,
-        sparse_ci=measured.ci[sparse] if sparse else None,
+        vanilla_ms=ms[vanilla],
+        vanilla_ci=measured.ci(vanilla),
+        sparse_ms=ms[sparse] if sparse else None,
+        sparse_ci=measured.ci(sparse) if sparse else None,
         reason=_reason(site, measured, chosen, vanilla, sparse, margin),
     )
 
@@ -241,8 +272,9 @@ def _reason(
         return site.reason
     if chosen.path == "sparse":
         return "measured" if chosen.packing == "blocks" else "measured; every weight in rows beats blocks and residual"
-    if measured.ms[sparse] * (1 + margin) >= measured.ms[vanilla]:
+    ms = measured.ms
+    if ms[sparse] * (1 + margin) >= ms[vanilla]:
         return f"sparse does not win by {margin:.0%}"
-    if sparse not in measured.beyond_noise:
+    if not measured.beyond_noise(sparse):
         return "sparse wins, but within the noise of the measurement"
     return "sparse wins alone, but not with the changes of memory layout that it brings"

@@ -1,9 +1,15 @@
-"""One run of the model in which every convolution is timed on its real input, in every way it could run."""
+"""Runs of the model in which every convolution is timed where it stands, in every way it could run.
+
+Each run takes one candidate of every convolution, so that the caches hold what they will hold in a model that runs so:
+timed over and over in a loop, or side by side with its rivals, a layer finds another cache than it will have.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +21,7 @@ from tqdm import tqdm
 from fxsparse import agreement, sites, timing
 from fxsparse.calibration import packings
 from fxsparse.calibration.probes import Seen, probed
+from fxsparse.calibration.samples import Candidate, Measured, Samples
 from fxsparse.calibration.transparency import is_elementwise, is_transparent, may_choose_layouts, written_input
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import ExampleInputs
@@ -22,73 +29,30 @@ from fxsparse.layouts import MEMORY_FORMATS
 from fxsparse.report import graphs_of
 from fxsparse.sites import ConvSite, Support
 
-# A candidate this much slower than the best, in a first short look, is not looked at again.
-_OUT_OF_THE_RACE = 1.3
-_FIRST_LOOK_ROUNDS = 3
-_FIRST_LOOK_SHARE = 0.25  # of a convolution's time budget
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """One way to run a convolution.
-
-    Attributes:
-        path: "vanilla" or "sparse".
-        packing: of the sparse weight, "blocks" or "rows".
-        needs: the layout of its input.
-    """
-
-    path: str
-    packing: str
-    needs: str
-
-    @property
-    def gives(self) -> str:
-        """The layout of its output: the sparse operator's is contiguous."""
-        return self.needs if self.path == "vanilla" else "contiguous"
-
-
-@dataclasses.dataclass
-class Measured:
-    """What one convolution took, summed over its calls in one run of the model.
-
-    Attributes:
-        input: as it arrives in the all-vanilla model.
-        output_shape: of the convolution.
-        ms: medians by candidate.
-        ci: 95 % confidence intervals of the medians.
-        beyond_noise: sparse candidates whose gain over vanilla on the same input is more than noise.
-        spread: distance of the quartiles of the vanilla time, as a share of its median.
-    """
-
-    input: Seen
-    output_shape: tuple[int, ...]
-    ms: dict[Candidate, float] = dataclasses.field(default_factory=dict)
-    ci: dict[Candidate, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    beyond_noise: set[Candidate] = dataclasses.field(default_factory=set)
-    spread: float = 0.0
-
-    def best(self, path: str) -> Candidate | None:
-        """Return the fastest candidate of a path, or None."""
-        return min((c for c in self.ms if c.path == path), key=self.ms.__getitem__, default=None)
+_FIRST_LOOK = 4  # samples after which candidates that are far behind are dropped
+# Rounds before the first sample counts: until one is no longer clearly faster than the one before.
+_WARM_UPS, _STILL_FALLS = 4, 0.9
+_MIN_SAMPLES, _MAX_SAMPLES = 9, 200  # nine are the fewest whose 95 % interval leaves out the extremes
+# Samples of one candidate in a row, after a run that only fills the caches. Longer runs fill them by themselves.
+_SAMPLES_IN_A_ROW, _LONG_RUN_S = 2, 0.05
 
 
 @dataclasses.dataclass
 class Measurements:
-    """Everything that one run of a model showed.
+    """Everything that the runs of a model showed.
 
     Attributes:
         sites: by node.
         values: the 4-D tensors of the graphs, by node.
-        others: milliseconds of layout-transparent nodes in each layout, where these may differ, by node.
-        moves: milliseconds of a change of layout, by (shape, dtype, layout it goes to).
+        others: layout-transparent nodes whose time depends on the layout, by node; the arms are the layouts.
+        moves: changes of layout, by (shape, dtype); the arms are the layouts that they go to.
         layouts: whether each graph's layouts may be chosen, by graph.
     """
 
     sites: dict[Node, Measured] = dataclasses.field(default_factory=dict)
     values: dict[Node, Seen] = dataclasses.field(default_factory=dict)
-    others: dict[Node, dict[str, float]] = dataclasses.field(default_factory=dict)
-    moves: dict[tuple[tuple[int, ...], torch.dtype, str], float] = dataclasses.field(default_factory=dict)
+    others: dict[Node, Samples] = dataclasses.field(default_factory=dict)
+    moves: dict[tuple[tuple[int, ...], torch.dtype], Samples] = dataclasses.field(default_factory=dict)
     layouts: dict[GraphModule, Support] = dataclasses.field(default_factory=dict)
 
 
@@ -97,13 +61,13 @@ class Effort:
     """How long to measure.
 
     Attributes:
-        site_s: seconds for one convolution.
-        margin: share by which sparse must win; the measurement of a convolution ends early once that is clear.
+        seconds: for all runs, about; nine samples there are in any case.
+        margin: share by which sparse must win; the measurement ends early once every site's answer is clear.
         graphs: time replays of CUDA graphs in place of eager calls.
         only: names of the convolutions to time; None times all.
     """
 
-    site_s: float = 0.2
+    seconds: float
     margin: float = 0.05
     graphs: bool = False
     only: frozenset[str] | None = None
@@ -111,145 +75,238 @@ class Effort:
 
 def observe(model: nn.Module, inputs: ExampleInputs) -> Measurements:
     """Run a converted model once and record its values, without timing anything."""
-    return _run(model, inputs, None, None)
+    found = Measurements()
+
+    def convolve(gm: GraphModule, node: Node, source: Tensor) -> Tensor:
+        site = sites.site_of(node)
+        assert site is not None
+        found.sites.setdefault(node, Measured(Seen.of(source)))
+        return sites.run_vanilla(gm, site, source)
+
+    def after(gm: GraphModule, node: Node, value: Any) -> None:
+        if node in found.sites:
+            found.sites[node].output_shape = tuple(value.shape)
+
+    with probed(model, convolve, _ignore, after, lambda gm, node: False), torch.no_grad():
+        inputs.run(model)
+    return found
+
+
+def _ignore(gm: GraphModule, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    pass
 
 
 def measure(model: nn.Module, inputs: ExampleInputs, effort: Effort, bar: tqdm[Any]) -> Measurements:
-    """Run a converted model once and time every convolution, and what else depends on the layout.
+    """Run a converted model many times and time every convolution, and what else depends on the layout.
 
     Args:
         model: every site vanilla, no changes of layout; nobody else uses it meanwhile.
-        inputs: of the run.
+        inputs: of the runs.
         effort: how long.
-        bar: progress, one step for each call of a convolution.
+        bar: progress, in seconds.
 
     Raises:
         FxsparseError: the two paths of a convolution disagree.
     """
-    return _run(model, inputs, effort, bar)
+    return _Measuring(model, inputs, effort).run(bar)
 
 
-def _run(model: nn.Module, inputs: ExampleInputs, effort: Effort | None, bar: tqdm[Any] | None) -> Measurements:
-    found = Measurements()
-    for gm in graphs_of(model):
-        found.layouts[gm] = may_choose_layouts(gm)
+class _Measuring:
+    def __init__(self, model: nn.Module, inputs: ExampleInputs, effort: Effort) -> None:
+        self.model, self.inputs, self.effort = model, inputs, effort
+        self.found = Measurements()
+        self.kind = ""  # the candidate that this run takes; "" is the default of each site
+        self.sample: int | None = None  # its number; None where this run's times do not count
+        self.moved: set[tuple[tuple[int, ...], torch.dtype]] = set()  # timed in this run
+        self.weights: dict[Node, dict[str, Tensor]] = {}
+        self.packed: dict[Node, dict[str, packings.Tensors]] = {}
+        self.replays: dict[tuple[Node, int, str], Callable[[], Any]] = {}
+        self.calls: dict[Node, int] = {}  # of each site in this run
+        for gm in graphs_of(model):
+            self.found.layouts[gm] = may_choose_layouts(gm)
 
-    def wanted(gm: GraphModule, node: Node) -> bool:
-        if effort is None or effort.only is not None or not found.layouts[gm].ok or not is_transparent(gm, node):
+    def run(self, bar: tqdm[Any]) -> Measurements:
+        start = last = time.perf_counter()
+        probes = probed(self.model, self._convolve, self._before, self._after, self._wanted)
+        with probes, torch.inference_mode():
+            self._run_once("", None)  # meets the sites, and checks that their paths agree
+            in_a_row = 1 if self._warm_up() else _SAMPLES_IN_A_ROW
+            index = samples = 0
+            while samples < _MAX_SAMPLES:
+                for kind in self._kinds(index):
+                    if in_a_row > 1:
+                        self._run_once(kind, None)
+                    for sample in range(samples, samples + in_a_row):
+                        self._run_once(kind, sample)
+                samples += in_a_row
+                index += 1
+                now = time.perf_counter()
+                bar.update(min(now - last, max(0.0, self.effort.seconds - bar.n)))
+                last = now
+                if samples >= _FIRST_LOOK:
+                    for measured in self.found.sites.values():
+                        measured.drop_losers()
+                if samples >= _MIN_SAMPLES and (now - start > self.effort.seconds or self._is_clear()):
+                    break
+        return self.found
+
+    def _warm_up(self) -> bool:
+        """Run until that is no longer clearly faster; tell whether one run is long enough to fill the caches."""
+        before = run_s = float("inf")
+        for index in range(_WARM_UPS):
+            kinds = self._kinds(index)
+            start = time.perf_counter()
+            for kind in kinds:
+                self._run_once(kind, None)
+            run_s = (time.perf_counter() - start) / len(kinds)
+            if run_s > _STILL_FALLS * before:
+                break
+            before = run_s
+        return run_s > _LONG_RUN_S
+
+    def _kinds(self, index: int) -> list[str]:
+        """Return the candidates that some site still has, in an order that changes from round to round."""
+        alive = {name for measured in self.found.sites.values() for name in measured.samples.alive}
+        every = dict.fromkeys(name for measured in self.found.sites.values() for name in measured.candidates)
+        kinds = [name for name in every if name in alive] or [""]
+        return [kinds[k] for k in timing.order(len(kinds), index)]
+
+    def _run_once(self, kind: str, sample: int | None) -> None:
+        self.kind, self.sample = kind, sample
+        self.moved.clear()
+        self.calls.clear()
+        self.inputs.run(self.model)
+
+    def _is_clear(self) -> bool:
+        return all(measured.is_clear(self.effort.margin) for measured in self.found.sites.values())
+
+    def _chooses(self, gm: GraphModule) -> bool:
+        """Tell whether the layouts of a graph are to be chosen."""
+        return self.effort.only is None and self.found.layouts[gm].ok
+
+    def _wanted(self, gm: GraphModule, node: Node) -> bool:
+        if not self._chooses(gm) or not is_transparent(gm, node):
             return False
         if written_input(gm, node) is not None:  # element-wise; and it would change its input with each call
             return False
         return not is_elementwise(gm, node) or len(node.all_input_nodes) > 1
 
-    def before(gm: GraphModule, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        site = sites.site_of(node)
-        if site is None:
-            assert effort is not None
-            _time_other(found, gm, node, args, kwargs, effort)
+    def _before(self, gm: GraphModule, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Time a node in both layouts, unless it is element-wise on one shape, which costs the same in both."""
+        if self.sample is None:
             return
-        if effort is not None and effort.only is not None and site.name not in effort.only:
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [value for value in leaves if isinstance(value, Tensor) and value.dim() == 4]
+        if not tensors or not any(Seen.of(tensor).layout for tensor in tensors):
             return
-        (source,) = args
-        measured = found.sites.setdefault(node, Measured(Seen.of(source), ()))
-        if effort is not None:
-            _time_site(measured, gm, site, source, effort, both_layouts=effort.only is None and found.layouts[gm].ok)
-        if bar is not None:
-            bar.update()
+        if is_elementwise(gm, node) and len({tensor.shape for tensor in tensors}) == 1:
+            return
+        target = _callable(gm, node)
+        arms = {
+            layout: _call_in_layout(target, memory_format, args, kwargs)
+            for layout, memory_format in MEMORY_FORMATS.items()
+        }
+        samples = self.found.others.setdefault(node, Samples.of(MEMORY_FORMATS))
+        samples.add(timing.one_round(arms, tensors[0].device, self.sample))
 
-    def after(gm: GraphModule, node: Node, value: Any) -> None:
-        if node in found.sites:
-            found.sites[node].output_shape = tuple(value.shape)
+    def _after(self, gm: GraphModule, node: Node, value: Any) -> None:
+        if node in self.found.sites:
+            self.found.sites[node].output_shape = tuple(value.shape)
         if node.op == "get_attr" or not isinstance(value, Tensor) or value.dim() != 4:
             return
-        found.values[node] = Seen.of(value)
-        if effort is not None and effort.only is None and found.layouts[gm].ok:
-            _time_moves(found, value, effort)
+        self.found.values[node] = Seen.of(value)
+        key = (tuple(value.shape), value.dtype)
+        if self.sample is None or key in self.moved:  # each shape once a run
+            return
+        if self._chooses(gm) or node in self.found.sites:
+            self.moved.add(key)
+            _time_moves(self.found.moves.setdefault(key, Samples.of(MEMORY_FORMATS)), value, self.sample)
 
-    with probed(model, before, after, wanted), torch.no_grad():
-        inputs.run(model)
-    return found
+    def _convolve(self, gm: GraphModule, node: Node, source: Tensor) -> Tensor:
+        """Run a site by this run's candidate, or by its default where it has no such one, or not any more."""
+        site = sites.site_of(node)
+        assert site is not None
+        if self.effort.only is not None and site.name not in self.effort.only:
+            return sites.run_vanilla(gm, site, source)
+        if node not in self.found.sites:
+            self._meet(gm, node, site, source)
+        measured = self.found.sites[node]
+        call = self.calls[node] = self.calls.get(node, -1) + 1
+        default = measured.default
+        alive = self.kind in measured.samples.alive
+        name = self.kind if alive else str(default)
+        arm = self._arm(gm, node, site, source, measured.candidates[name])
+        if self.sample is None or not alive:
+            result: Tensor = arm()
+        else:
+            timed = arm
+            if self.effort.graphs:
+                timed = self.replays.get((node, call, name)) or timing.graphed(arm, source.device)
+                self.replays[(node, call, name)] = timed
+            ms, result = timing.one_call(timed, source.device)
+            # A site that is called again in one run has one time, the sum.
+            measured.samples.add({name: ms}, to_last=call > 0)
+        # What follows finds the layout that the all-vanilla model has here.
+        return result.contiguous(memory_format=MEMORY_FORMATS[default.gives]) if result.dim() == 4 else result
+
+    def _meet(self, gm: GraphModule, node: Node, site: ConvSite, source: Tensor) -> None:
+        """List the candidates of a site, and check that its paths agree."""
+        self.weights[node] = {}
+        self.packed[node] = {name: packings.tensors(gm, site, name) for name in packings.candidates(gm, site)}
+        measured = self.found.sites[node] = Measured(Seen.of(source))
+        # `torch.conv2d` gives channels_last if either its input or its weight is in that.
+        gives = Seen.of(sites.run_vanilla(gm, site, source)).layout or measured.input.layout or "contiguous"
+        arrives = measured.input.layout or gives
+        layouts = [arrives]
+        if self._chooses(gm) and measured.input.layout:
+            layouts.append("channels_last" if arrives == "contiguous" else "contiguous")
+        for layout in layouts:
+            candidates = [Candidate("vanilla", "", layout, gives if layout == arrives else layout)]
+            candidates += [Candidate("sparse", packing, layout, "contiguous") for packing in self.packed[node]]
+            for candidate in candidates:
+                measured.candidates[str(candidate)] = candidate
+                if candidate.path == "sparse":
+                    _refuse_disagreement(gm, site, source, self._arm(gm, node, site, source, candidate))
+        measured.samples = Samples.of(measured.candidates)
+
+    def _arm(
+        self, gm: GraphModule, node: Node, site: ConvSite, source: Tensor, candidate: Candidate
+    ) -> Callable[[], Tensor]:
+        """Return the call of a candidate as its node makes it; tensors get into its layout here, off the clock."""
+        memory_format = MEMORY_FORMATS[candidate.needs]
+        x = source.contiguous(memory_format=memory_format) if self.found.sites[node].input.layout else source
+        bias = None if site.bias is None else sites.attribute(gm, site.bias)
+        names = site.packed_names if candidate.path == "sparse" else (site.weight,)
+        module = gm.get_submodule(site.weight.rpartition(".")[0])
+        # A node fetches these from the module that owns them, some 0.6 us each.
+        fetch = attrgetter(*(name.rpartition(".")[2] for name in names))
+        if candidate.path == "sparse":
+            tensors = self.packed[node][candidate.packing]
+
+            def sparse() -> Tensor:
+                fetch(module)
+                return sites.sparse_conv2d(site, x, tensors, bias)
+
+            return sparse
+        weight = sites.attribute(gm, site.weight)
+        if candidate != self.found.sites[node].default:
+            weight = self.weights[node].setdefault(candidate.needs, weight.contiguous(memory_format=memory_format))
+
+        def dense() -> Tensor:
+            fetch(module)
+            return sites.vanilla_conv2d(site, x, weight, bias)
+
+        return dense
 
 
-def _time_site(
-    measured: Measured, gm: GraphModule, site: ConvSite, source: Tensor, effort: Effort, *, both_layouts: bool
-) -> None:
-    arms = _arms(gm, site, source, both_layouts=both_layouts)
-    if site.packed:
-        for candidate, arm in arms.items():
-            if candidate.path == "sparse":
-                _refuse_disagreement(gm, site, source, arm)
-    named = {str(number): candidate for number, candidate in enumerate(arms)}
-    calls = {
-        name: timing.graphed(arms[candidate], source.device) if effort.graphs else arms[candidate]
-        for name, candidate in named.items()
+def _time_moves(samples: Samples, value: Tensor, index: int) -> None:
+    contiguous = value.contiguous()
+    last = value.contiguous(memory_format=torch.channels_last)
+    arms: dict[str, Callable[[], Tensor]] = {
+        "contiguous": lambda: last.contiguous(),
+        "channels_last": lambda: contiguous.contiguous(memory_format=torch.channels_last),
     }
-    device = source.device
-    vanilla = [name for name, candidate in named.items() if candidate.path == "vanilla"]
-    first = timing.interleaved(
-        calls,
-        device,
-        budget_s=effort.site_s * _FIRST_LOOK_SHARE,
-        min_rounds=_FIRST_LOOK_ROUNDS,
-        max_rounds=_FIRST_LOOK_ROUNDS,
-    )
-    sparse = [name for name in calls if name not in vanilla]
-    best = min(first[name].median_ms for name in calls)
-    kept = {name for name in calls if first[name].median_ms <= _OUT_OF_THE_RACE * best}
-    for names in (vanilla, sparse):
-        if names:
-            kept.add(min(names, key=lambda name: first[name].median_ms))
-    # The first is vanilla in the layout that arrives: what every other one must beat.
-    kept.add(vanilla[0])
-    rival = min((n for n in kept if n in sparse), key=lambda name: first[name].median_ms, default=None)
-
-    def clear(times: timing.Timings) -> bool:
-        if rival is None:
-            return False
-        ratio = times.ratio(vanilla[0], rival)
-        return ratio.low > 1 + 2 * effort.margin or ratio.high < 1
-
-    second = timing.interleaved(
-        {name: call for name, call in calls.items() if name in kept}, device, budget_s=effort.site_s, stop=clear
-    )
-    for name, candidate in named.items():
-        time = second[name] if name in kept else first[name]
-        low, high = measured.ci.get(candidate, (0.0, 0.0))
-        measured.ms[candidate] = measured.ms.get(candidate, 0.0) + time.median_ms
-        measured.ci[candidate] = (low + time.ci_low_ms, high + time.ci_high_ms)
-        if candidate.path == "sparse" and name in kept:
-            dense = next(n for n in vanilla if named[n].needs == candidate.needs)
-            if dense not in kept or second.ratio(dense, name).low > 1:
-                measured.beyond_noise.add(candidate)
-            else:
-                measured.beyond_noise.discard(candidate)
-    measured.spread = max(measured.spread, second.spread(vanilla[0]))
-
-
-def _arms(
-    gm: GraphModule, site: ConvSite, source: Tensor, *, both_layouts: bool
-) -> dict[Candidate, Callable[[], Tensor]]:
-    """Return what to time; first comes vanilla in the layout that arrives."""
-    arrives = Seen.of(source).layout or "contiguous"
-    other = "channels_last" if arrives == "contiguous" else "contiguous"
-    needed = [arrives, other] if both_layouts and Seen.of(source).layout else [arrives]
-    weight = sites.attribute(gm, site.weight)
-    packed = {name: packings.tensors(gm, site, name) for name in packings.candidates(gm, site)}
-    arms: dict[Candidate, Callable[[], Tensor]] = {}
-    for layout in needed:
-        x = source if layout == arrives else source.contiguous(memory_format=MEMORY_FORMATS[layout])
-        w = weight.contiguous(memory_format=MEMORY_FORMATS[layout])
-
-        def dense(x: Tensor = x, w: Tensor = w) -> Tensor:
-            return sites.run_vanilla(gm, site, x, w)
-
-        arms[Candidate("vanilla", "", layout)] = dense
-        for name, tensors in packed.items():
-
-            def sparse(x: Tensor = x, tensors: packings.Tensors = tensors) -> Tensor:
-                return sites.run_sparse(gm, site, x, tensors)
-
-            arms[Candidate("sparse", name, layout)] = sparse
-    return arms
+    samples.add(timing.one_round(arms, value.device, index))
 
 
 def _refuse_disagreement(gm: GraphModule, site: ConvSite, source: Tensor, arm: Callable[[], Tensor]) -> None:
@@ -262,47 +319,14 @@ def _refuse_disagreement(gm: GraphModule, site: ConvSite, source: Tensor, arm: C
         )
 
 
-def _time_other(
-    found: Measurements, gm: GraphModule, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], effort: Effort
-) -> None:
-    """Time a node in both layouts, unless it is element-wise on one shape, which costs the same in both."""
-    tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value.dim() == 4]
-    if not tensors or not any(Seen.of(tensor).layout for tensor in tensors):
-        return
-    if is_elementwise(gm, node) and len({tensor.shape for tensor in tensors}) == 1:
-        return
-    target: Callable[..., Any]
+def _callable(gm: GraphModule, node: Node) -> Callable[..., Any]:
     if node.op == "call_module":
-        target = gm.get_submodule(str(node.target))
-    elif node.op == "call_method":
+        return gm.get_submodule(str(node.target))
+    if node.op == "call_method":
         name = str(node.target)
-
-        def target(first: Any, *rest: Any, **options: Any) -> Any:
-            return getattr(first, name)(*rest, **options)
-    else:
-        assert callable(node.target)
-        target = node.target
-    arms = {}
-    for layout, memory_format in MEMORY_FORMATS.items():
-        arms[layout] = _call_in_layout(target, memory_format, args, kwargs)
-    times = timing.interleaved(arms, tensors[0].device, budget_s=effort.site_s / 4, min_rounds=5)
-    known = found.others.setdefault(node, dict.fromkeys(MEMORY_FORMATS, 0.0))
-    for layout in MEMORY_FORMATS:
-        known[layout] += times[layout].median_ms
-
-
-def _time_moves(found: Measurements, value: Tensor, effort: Effort) -> None:
-    shape = tuple(value.shape)
-    if (shape, value.dtype, "contiguous") in found.moves:
-        return
-    copies = {layout: value.contiguous(memory_format=f) for layout, f in MEMORY_FORMATS.items()}
-    arms: Mapping[str, Callable[[], Tensor]] = {
-        "contiguous": lambda: copies["channels_last"].contiguous(),
-        "channels_last": lambda: copies["contiguous"].contiguous(memory_format=torch.channels_last),
-    }
-    times = timing.interleaved(arms, value.device, budget_s=effort.site_s / 4, min_rounds=5)
-    for layout in MEMORY_FORMATS:
-        found.moves[(shape, value.dtype, layout)] = times[layout].median_ms
+        return lambda first, *rest, **options: getattr(first, name)(*rest, **options)
+    assert callable(node.target)
+    return node.target
 
 
 def _call_in_layout(

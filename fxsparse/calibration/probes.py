@@ -16,6 +16,7 @@ from fxsparse.report import graphs_of
 
 Visit = Callable[[GraphModule, Node, tuple[Any, ...], dict[str, Any]], None]
 See = Callable[[GraphModule, Node, Any], None]
+Convolve = Callable[[GraphModule, Node, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +46,29 @@ class Seen:
 
 
 @contextmanager
-def probed(model: nn.Module, before: Visit, after: See, wanted: Callable[[GraphModule, Node], bool]) -> Iterator[None]:
-    """Call `before` with the arguments of the wanted nodes and `after` with every node's value, while inside.
+def probed(
+    model: nn.Module, convolve: Convolve, before: Visit, after: See, wanted: Callable[[GraphModule, Node], bool]
+) -> Iterator[None]:
+    """Put calls into a model's graphs, while inside.
 
     Args:
-        model: a converted model that nobody else uses meanwhile; its graphs are put back on exit.
-        before: gets a conv site's input, or another wanted node's arguments, right before it runs.
+        model: a converted model that nobody else uses meanwhile, every site vanilla; its graphs are put back on exit.
+        convolve: is called in the place of each conv site, with its input; returns its output.
+        before: gets the arguments of the wanted nodes right before they run.
         after: gets the value of each node.
-        wanted: chooses the nodes that `before` sees besides conv sites.
+        wanted: chooses nodes for `before`; not asked about conv sites.
     """
     graphs = graphs_of(model)
     probes: list[tuple[GraphModule, Node]] = []
+    replaced: list[tuple[Node, Any, Any, Any]] = []
     for gm in graphs:
         nodes = [node for node in gm.graph.nodes if node.op != "output"]
         first = next(node for node in gm.graph.nodes if node.op != "placeholder")
         for node in nodes:
-            site = sites.site_of(node)
-            if site is not None:
-                with gm.graph.inserting_before(node):
-                    call = _caller(before, gm, node)
-                    probes.append((gm, gm.graph.call_function(call, (sites.input_node(node),))))
+            if sites.site_of(node) is not None:
+                source = sites.input_node(node)
+                replaced.append((node, node.target, node.args, node.kwargs))
+                node.target, node.args, node.kwargs = _convolver(convolve, gm, node), (source,), {}
             elif wanted(gm, node):
                 with gm.graph.inserting_before(node):
                     probes.append((gm, gm.graph.call_function(_caller(before, gm, node), node.args, node.kwargs)))
@@ -77,8 +81,17 @@ def probed(model: nn.Module, before: Visit, after: See, wanted: Callable[[GraphM
     finally:
         for gm, node in probes:
             gm.graph.erase_node(node)
+        for node, target, args, kwargs in replaced:
+            node.target, node.args, node.kwargs = target, args, kwargs
         for gm in graphs:
             gm.recompile()
+
+
+def _convolver(convolve: Convolve, gm: GraphModule, node: Node) -> Callable[[Tensor], Tensor]:
+    def probe(source: Tensor) -> Tensor:
+        return convolve(gm, node, source)
+
+    return probe
 
 
 def _caller(before: Visit, gm: GraphModule, node: Node) -> Callable[..., None]:
