@@ -4,7 +4,7 @@ A layout is strides, not a type: the tensor stays [N, C, H, W]. "contiguous" is 
 "channels_last" is torch.channels_last. A call on a tensor that is in the layout already returns it as it is.
 
 With the calls go the layouts of dense weights: `torch.conv2d` gives channels_last if either its input or its weight is
-in that, and copies a weight in the other layout at every call.
+in that, and copies a weight in the other layout at every call. A move of a weight has the value "parameter NAME".
 """
 
 from __future__ import annotations
@@ -21,41 +21,50 @@ from fxsparse.sites import ConvSite
 
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _META = "fxsparse_move"
+_PARAMETER = "parameter "
 
 
 def current(gm: GraphModule, prefix: str = "") -> tuple[Move, ...]:
-    """Return the changes of layout that a graph holds."""
-    return tuple(
+    """Return the changes of layout that a graph and its dense weights are in."""
+    moves = [
         Move(prefix, str(node.all_input_nodes[0]), node.meta[_META], readers_of(node))
         for node in gm.graph.nodes
         if _META in node.meta
-    )
+    ]
+    for site in _by_weight(gm).values():
+        weight = _weight(gm, site)
+        if weight is not None and not _is_in(weight, site.weight_layout):
+            moves.append(move_of_weight(prefix, site, layout_of(weight)))
+    return tuple(moves)
 
 
-def clear(gm: GraphModule) -> bool:
-    """Take every change of layout out of a graph, and out of its dense weights.
+def move_of_weight(prefix: str, site: ConvSite, layout: str) -> Move:
+    """Return the move that stores a site's dense weight in a layout."""
+    return Move(prefix, _PARAMETER + site.weight, layout, ())
 
-    Returns:
-        Whether there was one in the graph; the caller recompiles.
-    """
-    for _, site in sites.conv_sites(gm):
-        _lay_out_weight(gm, site, site.weight_layout)
-    found = [node for node in gm.graph.nodes if _META in node.meta]
-    for node in found:
+
+def clear(gm: GraphModule) -> None:
+    """Take every change of layout out of a graph, and out of its dense weights; the caller recompiles."""
+    for site in _by_weight(gm).values():
+        _lay_out(_weight(gm, site), site.weight_layout)
+    for node in [node for node in gm.graph.nodes if _META in node.meta]:
         node.replace_all_uses_with(node.all_input_nodes[0])
         gm.graph.erase_node(node)
-    return bool(found)
 
 
 def place(gm: GraphModule, moves: Iterable[Move]) -> list[Move]:
-    """Put changes of layout into a graph, and into the dense weights of its planned sites; the caller recompiles.
+    """Put changes of layout into a graph and its dense weights; the caller recompiles.
 
     Returns:
-        The moves that this graph has no place for: a value or a reader of that name does not exist.
+        The moves that this graph has no place for: a value, a weight or a reader of that name does not exist.
     """
     nodes = {node.name: node for node in gm.graph.nodes}
+    weights = {_PARAMETER + site.weight: site for site in _by_weight(gm).values()}
     left = []
     for move in moves:
+        if move.value in weights:
+            _lay_out(_weight(gm, weights[move.value]), move.layout)
+            continue
         value = nodes.get(move.value)
         readers = [_reading_node(nodes[name], value) for name in move.readers if name in nodes and value is not None]
         if value is None or len(readers) < len(move.readers) or None in readers:
@@ -67,9 +76,6 @@ def place(gm: GraphModule, moves: Iterable[Move]) -> list[Move]:
         for reader in readers:
             assert reader is not None
             reader.replace_input_with(value, moved)
-    for _, site in sites.conv_sites(gm):
-        if site.path == "vanilla" and site.layout is not None:
-            _lay_out_weight(gm, site, site.layout)
     return left
 
 
@@ -79,14 +85,24 @@ def layout_of(tensor: Tensor) -> str:
     return "channels_last" if last else "contiguous"
 
 
-def _lay_out_weight(gm: GraphModule, site: ConvSite, layout: str) -> None:
+def _by_weight(gm: GraphModule) -> dict[str, ConvSite]:
+    return {site.weight: site for _, site in sites.conv_sites(gm)}
+
+
+def _weight(gm: GraphModule, site: ConvSite) -> Tensor | None:
+    """Return a site's dense weight, or None where `freeze` dropped it."""
     owner, _, leaf = site.weight.rpartition(".")
-    weight = getattr(gm.get_submodule(owner), leaf, None)
-    if weight is None:  # dropped by `freeze`
-        return
-    moved = weight.detach().contiguous(memory_format=MEMORY_FORMATS[layout])
-    if moved.data_ptr() != weight.data_ptr():
-        weight.data = moved  # the same parameter, for optimizers that hold it
+    return getattr(gm.get_submodule(owner), leaf, None)
+
+
+def _is_in(tensor: Tensor, layout: str) -> bool:
+    return tensor.is_contiguous(memory_format=MEMORY_FORMATS[layout])
+
+
+def _lay_out(weight: Tensor | None, layout: str) -> None:
+    if weight is not None and not _is_in(weight, layout):
+        # The same parameter, for optimizers that hold it.
+        weight.data = weight.detach().contiguous(memory_format=MEMORY_FORMATS[layout])
 
 
 def readers_of(node: Node) -> tuple[str, ...]:

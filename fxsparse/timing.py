@@ -228,7 +228,7 @@ def graphed(arm: Arm, device: torch.device) -> Arm:
 
     Returns:
         A callable that replays the graph on the current stream; it returns what the arm returned in the capture,
-        which each replay overwrites.
+        which each replay overwrites. It keeps the arm, and with it what the arm holds.
 
     Raises:
         FxsparseError: the device is not a CUDA device.
@@ -246,7 +246,7 @@ def graphed(arm: Arm, device: torch.device) -> Arm:
         with torch.cuda.graph(graph, stream=side):
             out = arm()
 
-    def replay() -> Any:
+    def replay(alive: Arm = arm) -> Any:  # the arm holds its inputs, whose memory the graph reads
         graph.replay()
         return out
 

@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxsparse import names, roofline
+from fxsparse import layouts, names, roofline
 from fxsparse import plan as plans
 from fxsparse import report as reports
 from fxsparse.calibration.applying import all_vanilla, apply, current, graphs, keyed
@@ -216,8 +216,9 @@ def _merged(model: nn.Module, entry: PlanEntry, only: frozenset[str]) -> PlanEnt
     """Return an entry that changes the named sites only; the rest is as it is in the model."""
     now, moves = current(model)
     kept = {key: plan for key, plan in now.items() if key.partition("#")[0] not in only}
-    nodes = {node.name for _, _, node in keyed(model) if node.meta[META].name in only}
-    around = tuple(move for move in moves if move.value not in nodes)
+    decided = [node for _, _, node in keyed(model) if node.meta[META].name in only]
+    values = {name for node in decided for name in (node.name, layouts.move_of_weight("", node.meta[META], "").value)}
+    around = tuple(move for move in moves if move.value not in values)
     return dataclasses.replace(
         entry, sites={**entry.sites, **kept}, moves=around + entry.moves, model_vanilla_ms=None, model_ms=None
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -62,11 +62,20 @@ def decide(
     for node, site in sites.conv_sites(gm):
         measured = found.sites.get(node)
         plans[node] = _not_reached() if measured is None else _site_plan(site, measured, chosen[node], margin)
-    return Decision(plans, moves)
+    weights = {
+        layouts.move_of_weight(prefix, site, chosen[node].gives)
+        for node, site in sites.conv_sites(gm)
+        if node in chosen and chosen[node].path == "vanilla" and chosen[node] != found.sites[node].default
+    }
+    return Decision(plans, (*moves, *sorted(weights, key=lambda move: move.value)))
 
 
 def _candidates(gm: GraphModule, found: Measurements, *, sparse: bool) -> dict[Node, list[Candidate]]:
-    """Return what may be chosen at each site; sites that share a packed weight share the packing too."""
+    """Return what may be chosen at each site.
+
+    Sites that share a packed weight share the packing, and a dense weight that serves several keeps its layout.
+    """
+    uses = Counter(id(sites.attribute(gm, site.weight)) for _, site in sites.conv_sites(gm))
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for node, site in sites.conv_sites(gm):
         measured = found.sites.get(node)
@@ -83,8 +92,14 @@ def _candidates(gm: GraphModule, found: Measurements, *, sparse: bool) -> dict[N
         allowed[node] = [
             candidate
             for candidate in found.sites[node].candidates.values()
-            if candidate.path == "vanilla"
-            or (sparse and candidate.packing == packing and found.sites[node].beyond_noise(candidate))
+            if candidate == found.sites[node].default
+            or (candidate.path == "vanilla" and uses[id(sites.attribute(gm, site.weight))] == 1)
+            or (
+                candidate.path == "sparse"
+                and sparse
+                and candidate.packing == packing
+                and found.sites[node].beyond_noise(candidate)
+            )
         ]
     return allowed
 

@@ -189,9 +189,9 @@ def test_a_vanilla_site_in_channels_last_stores_its_weight_so_and_keeps_the_para
         shuffle_the_clock(monkeypatch, seed)
         fxsparse.calibrate(fast, x)
         for _, site in sites.conv_sites(fast):
-            if (site.path, site.layout) == ("vanilla", "channels_last"):
+            if site.path == "vanilla" and site.layout is not None:
                 weight = sites.attribute(fast, site.weight)
-                assert weight.is_contiguous(memory_format=torch.channels_last)
+                assert weight.is_contiguous(memory_format=layouts.MEMORY_FORMATS[site.layout])
     assert all(parameters[name] is parameter for name, parameter in fast.named_parameters())
     assert all(torch.equal(values[name], parameter) for name, parameter in fast.named_parameters())
 
@@ -213,3 +213,72 @@ def test_both_packings_are_exact_and_change_the_stored_tensors(monkeypatch: pyte
         with torch.no_grad():
             assert error_in_float64(fast(x), masked_dense(model, {"0": mask}), x) < 1e-6
     assert seen == {("blocks", False, False), ("rows", True, True)}
+
+
+def test_forcing_a_mode_takes_the_layouts_of_weights_back_and_leaving_it_brings_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = Residual().eval(), torch.randn(2, 3, 14, 18)
+    masks = random_masks(model, 0.2)
+    fast = fxsparse.convert(model, masks, settings=fxsparse.Settings(calibrate=False))
+    dense = masked_dense(model, masks)
+
+    def laid_out() -> set[str]:
+        return {name for name, p in fast.named_parameters() if p.dim() == 4 and not p.is_contiguous()}
+
+    for seed in range(6):
+        shuffle_the_clock(monkeypatch, seed)
+        fxsparse.calibrate(fast, x)
+        planned, moves = laid_out(), layouts.current(fast)
+        with fxsparse.set_mode(fast, "vanilla"):
+            assert not laid_out()
+            with torch.no_grad():
+                for got, wanted in zip(fast(x), dense(x), strict=True):
+                    assert got.stride() == wanted.stride()
+        assert (laid_out(), layouts.current(fast)) == (planned, moves)
+        fast.train()
+        assert not laid_out()
+        fast.eval()
+        assert (laid_out(), layouts.current(fast)) == (planned, moves)
+        with fxsparse.set_mode(fast, "test"), torch.no_grad():
+            fast(x)
+        if planned:
+            return
+    raise AssertionError("no plan had a weight in channels_last")
+
+
+def test_a_weight_that_serves_two_sites_keeps_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Shuffled().eval()
+    fast = fxsparse.convert(model, None, settings=fxsparse.Settings(calibrate=False))
+    for seed in range(8):
+        shuffle_the_clock(monkeypatch, seed)
+        fxsparse.calibrate(fast, torch.randn(2, 3, 14, 18))
+        assert fast.b.weight.is_contiguous()
+
+
+def test_a_sparse_site_in_a_graph_that_may_not_change_layouts_gives_back_what_vanilla_gave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            y[:, :2].relu_()
+            return y.permute(0, 2, 3, 1).view(-1)
+
+    model = Written().eval().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    masks = random_masks(model, 0.1)
+    fast = fxsparse.convert(model, masks, settings=fxsparse.Settings(calibrate=False))
+    paths = set()
+    for seed in range(6):
+        shuffle_the_clock(monkeypatch, seed)
+        fxsparse.calibrate(fast, x)
+        paths.add(fast.report.row("conv").path)
+        assert "writes into" in str(fast.report)
+        with torch.no_grad():
+            assert torch.allclose(fast(x), masked_dense(model, masks)(x), atol=1e-5)
+    assert paths == {"vanilla", "sparse"}

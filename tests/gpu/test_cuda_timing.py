@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -60,6 +62,16 @@ def test_a_graphed_arm_agrees_with_the_eager_one_on_new_values() -> None:
         torch.testing.assert_close(replay(), arm(), rtol=1e-2, atol=1e-2)  # TF32
     times = interleaved({"eager": arm, "graphed": replay}, CUDA)
     assert times["graphed"].median_ms > 0
+
+
+def test_a_replay_keeps_the_inputs_that_nobody_else_holds() -> None:
+    def captured(value: float) -> Callable[[], torch.Tensor]:
+        x = torch.full((1 << 24,), value, device=CUDA)
+        return graphed(lambda: x + 1, CUDA)
+
+    replays = [captured(float(k)) for k in range(4)]
+    torch.cuda.empty_cache()
+    assert [float(replay().mean()) for replay in replays] == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_an_error_of_an_arm_comes_out_of_the_capture() -> None:
