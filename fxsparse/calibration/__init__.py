@@ -160,9 +160,12 @@ class _Run:
         bounds = _bounds(measured, found, self.device)
         environment = plans.environment(self.device)
 
-        def decided(*, sparse: bool, moving: bool) -> PlanEntry:
+        def decided(
+            *, sparse: bool = True, moving: bool = True, by: Measurements = found, margin: float = self.margin
+        ) -> PlanEntry:
+            only = self.only is not None
             by_graph = [
-                decide(gm, name, found, self.margin, sparse=sparse, moving=moving, only=self.only is not None)
+                decide(gm, name, by, margin, sparse=sparse, moving=moving, only=only, shown=found)
                 for name, gm in graphs(measured).items()
             ]
             plan_of = {node: plan for decision in by_graph for node, plan in decision.sites.items()}
@@ -176,11 +179,16 @@ class _Run:
         def whole(entry: PlanEntry) -> PlanEntry:
             return entry if self.only is None else _merged(self.model, entry, self.only)
 
-        sparse_alone = decided(sparse=True, moving=False)
+        sparse_alone = decided(moving=False)
         candidates = [("sparse", whole(sparse_alone))]
         if self.only is None:
-            candidates.append(("layouts", decided(sparse=False, moving=True)))
-            candidates.append(("sparse and layouts", decided(sparse=True, moving=True)))
+            candidates.append(("layouts", decided(sparse=False)))
+            candidates.append(("sparse and layouts", decided()))
+        if self.only is None and self.key.deploy != "compiled":  # compiling each takes long
+            # Its neighbours: what less caution, or other samples, would have chosen.
+            candidates.append(("without margin", decided(margin=0.0)))
+            candidates.append(("first half", decided(by=found.half(0))))
+            candidates.append(("second half", decided(by=found.half(1))))
         variants = distinct(candidates)
         verdict = self._whole_model(variants)
         log.info("Whole model: '%s' is the fastest of %s", verdict.name, [VANILLA, *variants])

@@ -37,6 +37,7 @@ def decide(
     sparse: bool = True,
     moving: bool = True,
     only: bool = False,
+    shown: Measurements | None = None,
 ) -> Decision:
     """Choose for every site of a graph.
 
@@ -48,6 +49,7 @@ def decide(
         sparse: allow sparse paths.
         moving: allow vanilla paths in another layout than the captured one.
         only: not all sites were measured: nothing around those that were may change.
+        shown: where the times in the result come from, if not from `found`.
     """
     allowed = _candidates(gm, found, sparse=sparse)
     if not moving:
@@ -60,7 +62,7 @@ def decide(
         chosen, moves = _one_by_one(prefix, found, allowed, margin)
     plans = {}
     for node, site in sites.conv_sites(gm):
-        measured = found.sites.get(node)
+        measured = (shown or found).sites.get(node)
         plans[node] = _not_reached() if measured is None else _site_plan(site, measured, chosen[node], margin)
     weights = {
         layouts.move_of_weight(prefix, site, chosen[node].gives)

@@ -55,6 +55,16 @@ class Measurements:
     moves: dict[tuple[tuple[int, ...], torch.dtype], Samples] = dataclasses.field(default_factory=dict)
     layouts: dict[GraphModule, Support] = dataclasses.field(default_factory=dict)
 
+    def half(self, which: int) -> Measurements:
+        """Return the same with every second sample only, from the first (0) or the second (1) on."""
+        return Measurements(
+            {node: dataclasses.replace(m, samples=m.samples.half(which)) for node, m in self.sites.items()},
+            self.values,
+            {node: samples.half(which) for node, samples in self.others.items()},
+            {key: samples.half(which) for key, samples in self.moves.items()},
+            self.layouts,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Effort:

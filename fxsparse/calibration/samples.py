@@ -69,6 +69,10 @@ class Samples:
         count = min(len(self.by_arm[a]), len(self.by_arm[b]))
         return timing.Timings({a: self.by_arm[a][:count], b: self.by_arm[b][:count]}).ratio(a, b)
 
+    def half(self, which: int) -> Samples:
+        """Return every second sample, from the first (0) or the second (1) on."""
+        return Samples({name: samples[which::2] for name, samples in self.by_arm.items()}, self.alive)
+
     def drop(self, losers: Iterable[str]) -> None:
         """Stop timing some arms."""
         self.alive -= set(losers)
