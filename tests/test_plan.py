@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -385,39 +384,3 @@ def test_the_cpu_has_a_name_without_proc(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("platform.processor", lambda: "")
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     assert plans.device_name(CPU) == f"riscv64 x{torch.get_num_threads()} threads"
-
-
-# Several processes
-
-
-def test_without_processes_a_plan_is_just_made() -> None:
-    assert plans.share(lambda: PLAN, CPU) is PLAN
-
-
-def _rank(rank: int, folder: Path) -> None:
-    """Share a plan, then an error; write what this rank got."""
-    dist.init_process_group("gloo", init_method=(folder / "init").as_uri(), rank=rank, world_size=2)
-
-    def produce() -> Plan:
-        assert rank == 0, "another rank was asked for the plan"
-        return PLAN
-
-    def fail() -> Plan:
-        assert rank == 0, "another rank was asked for the plan"
-        raise ZeroDivisionError("no times à \ud800")
-
-    got = [plans.share(produce, CPU).to_json()]
-    try:
-        plans.share(fail, CPU)
-    except (ZeroDivisionError, FxsparseError) as error:
-        got.append(f"{type(error).__name__}: {error}")
-    (folder / f"rank{rank}.json").write_text(json.dumps(got))
-    dist.destroy_process_group()
-
-
-def test_all_ranks_get_the_plan_of_rank_0_or_its_error(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
-    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
-    assert Plan.from_json(first[0]) == Plan.from_json(second[0]) == PLAN
-    assert first[1] == "ZeroDivisionError: no times à \ud800"
-    assert second[1] == "FxsparseError: Rank 0 could not make the plan: ZeroDivisionError: no times à \\ud800"

@@ -24,6 +24,7 @@ from fxsparse import report as reports
 from fxsparse.calibration.applying import all_vanilla, apply, current, graphs, keyed
 from fxsparse.calibration.deciding import decide
 from fxsparse.calibration.measuring import Effort, Measurements, measure, observe
+from fxsparse.calibration.ranks import share
 from fxsparse.calibration.whole_model import VANILLA, Verdict, distinct, fastest, sharing_copy
 from fxsparse.errors import FxsparseError
 from fxsparse.graph_module import follow_training_flag
@@ -108,7 +109,7 @@ def calibrate(
         entry, warnings = recorded.nearest(key)
     if entry is None:
         run = _Run(model, inputs, key, device, margin, budget_s, only, progress)
-        (entry,) = plans.share(lambda: Plan((run.entry(),)), device).entries
+        (entry,) = share(lambda: Plan((run.entry(),)), device).entries
         recorded = recorded.merged(Plan((entry,)))
     follow(model, entry, recorded, warnings)
     return model
