@@ -119,7 +119,7 @@ def _find_nvcc() -> str | None:
 
 def _extensions() -> list[Extension]:
     relative = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "cpu").glob("*.cpp"))]
-    libraries = [Extension("fxsparse._C", ["fxsparse/csrc/bind_cpu.cpp", *relative], py_limited_api=True)]
+    libraries = [Extension("fxsparse._C", ["fxsparse/csrc/bind_cpu.cpp", "fxsparse/csrc/bind_region.cpp", *relative], py_limited_api=True)]
     if _find_nvcc():
         kernels = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "cuda").glob("*.cu"))]
         cuda = ["fxsparse/csrc/bind_cuda.cu", *kernels]

@@ -9,7 +9,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx.graph import PythonCode
 
-from fxsparse import layouts, shared_paths, sites
+from fxsparse import epilogues, layouts, regions, shared_paths, sites
 from fxsparse.errors import FxsparseError
 from fxsparse.plan import Move
 from fxsparse.sites import TRAINING, ConvSite
@@ -45,9 +45,22 @@ class ConvertedModule(GraphModule):
         return self
 
     def recompile(self) -> PythonCode:
-        """Generate the code, with each module's path looked up once."""
+        """Generate the code: epilogues in the convolutions, regions as single calls, each module looked up once."""
         shared_paths.install(self)
-        return super().recompile()
+        graph = self._graph
+        self._graph = regions.gathered(self, epilogues.executed(self))
+        try:
+            return super().recompile()
+        finally:
+            self._graph = graph
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ConvertedModule:
+        """Move or cast everything, as `to`, `half` and others do; which calls the code makes depends on the device."""
+        before = {tensor.device for tensor in self.buffers()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if {tensor.device for tensor in self.buffers()} != before:
+            self.recompile()
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         """Copy the graph with its hooks and plain attributes, which GraphModule drops."""

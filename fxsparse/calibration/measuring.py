@@ -22,12 +22,13 @@ from fxsparse import agreement, sites, timing
 from fxsparse.calibration import packings
 from fxsparse.calibration.probes import Seen, probed
 from fxsparse.calibration.samples import Candidate, Measured, Samples
-from fxsparse.calibration.transparency import is_elementwise, is_transparent, may_choose_layouts, written_input
+from fxsparse.calibration.transparency import is_elementwise, is_transparent, may_choose_layouts
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import ExampleInputs
 from fxsparse.layouts import MEMORY_FORMATS
 from fxsparse.report import graphs_of
 from fxsparse.sites import ConvSite, Support
+from fxsparse.writes import written_input
 
 _FIRST_LOOK = 4  # samples after which candidates that are far behind are dropped
 # Rounds before the first sample counts: until one is no longer clearly faster than the one before.

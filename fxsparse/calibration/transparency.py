@@ -7,7 +7,6 @@ opaque: it gets its inputs, and gives its output, in the layout that the graph h
 
 from __future__ import annotations
 
-import inspect
 import operator
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from fxsparse import sites
 from fxsparse.sites import Support
+from fxsparse.writes import written_input
 
 
 def _words(names: str) -> frozenset[str]:
@@ -73,9 +73,6 @@ _PASSING_ON: tuple[Any, ...] = (
     frozenset(),
     (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AdaptiveAvgPool2d, nn.Upsample, nn.ZeroPad2d),
     frozenset({"dropout", "adaptive_avg_pool2d", "pad", "constant_pad_nd"}),
-)
-_IN_PLACE_OPERATORS = _words(
-    "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift iconcat"
 )
 # Readers that depend on strides, not only on values.
 _STRIDE_METHODS = frozenset({"stride", "is_contiguous", "data_ptr", "storage_offset", "as_strided", "storage"})
@@ -142,35 +139,3 @@ def _is_alone(gm: GraphModule, node: Node) -> bool:
     if is_transparent(gm, node) and not _in(gm, node, *_PASSING_ON):
         return True
     return all(_is_alone(gm, value) for value in node.all_input_nodes)
-
-
-def written_input(gm: GraphModule, node: Node) -> Node | None:
-    """Return the input that a node writes into, or None."""
-    first = next((a for a in (*node.args, *node.kwargs.values()) if isinstance(a, Node)), None)
-    if node.op == "call_module":
-        return first if getattr(gm.get_submodule(str(node.target)), "inplace", False) else None
-    if node.op == "call_method":
-        name = str(node.target)
-        writes = (name.endswith("_") and not name.endswith("__")) or name in ("__iadd__", "__imul__", "__setitem__")
-        return first if writes else None
-    if node.op != "call_function":
-        return None
-    if isinstance(node.target, torch._ops.OpOverload):
-        return first if node.target._schema.is_mutable else None
-    target: Any = node.target
-    name = getattr(target, "__name__", "")
-    if target in (operator.setitem, setattr) or getattr(operator, name, None) is target and name in _IN_PLACE_OPERATORS:
-        return first
-    if (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("out") is not None:
-        return first
-    return first if _inplace_argument(node) else None
-
-
-def _inplace_argument(node: Node) -> bool:
-    if "inplace" in node.kwargs:
-        return bool(node.kwargs["inplace"])
-    try:
-        bound = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a builtin without a signature has no such argument
-        return False
-    return bool(bound.arguments.get("inplace", False))

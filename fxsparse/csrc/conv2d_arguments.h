@@ -140,8 +140,9 @@ inline void check_pad(int64_t pad, int64_t size, PaddingMode mode) {
 }
 
 // `axis` is "height" or "width".
+// `partial`: a last window that begins before the padding after the input, and ends past it, counts too.
 inline int64_t checked_output_size(const char *axis, int64_t size, int64_t before, int64_t after, int64_t kernel,
-                                   int64_t stride, int64_t dilation) {
+                                   int64_t stride, int64_t dilation, bool partial = false) {
   const int64_t most = std::numeric_limits<int32_t>::max();
   STD_TORCH_CHECK(size <= most - before - after, "The ", axis, " of the padded input is ", size, " + ", before, " + ",
                   after, ", expected it below 2^31");
@@ -149,7 +150,10 @@ inline int64_t checked_output_size(const char *axis, int64_t size, int64_t befor
   const int64_t reach = dilation * (kernel - 1) + 1;
   STD_TORCH_CHECK(padded >= reach, "The ", axis, " of the padded input is ", padded, ", expected at least ", reach,
                   ", what the kernel covers");
-  return (padded - reach) / stride + 1;
+  int64_t outputs = (padded - reach + (partial ? stride - 1 : 0)) / stride + 1;
+  if (partial && (outputs - 1) * stride >= size + before)
+    --outputs;
+  return outputs;
 }
 
 // The output has 3 dimensions where the input has.
@@ -159,23 +163,32 @@ inline std::vector<int64_t> output_shape(const Conv2dGeometry &g, const Tensor &
   return {g.batch, g.out_channels, g.out_height, g.out_width};
 }
 
-inline Conv2dGeometry checked_geometry(const Tensor &input, IntHeaderOnlyArrayRef weight_shape,
-                                       IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
-                                       IntHeaderOnlyArrayRef dilation, int64_t groups, const std::string &padding_mode,
-                                       const std::string &activation) {
-  check_float_dtype("input", input);
-  const int64_t dim = input.dim();
-  STD_TORCH_CHECK(dim == 3 || dim == 4, "'input' has shape ", list_text(input.sizes()),
+// Sizes of images; a tensor of three dimensions is one image.
+struct ImageSizes {
+  int64_t batch, channels, height, width;
+};
+
+inline ImageSizes checked_images(const char *name, const Tensor &tensor) {
+  check_float_dtype(name, tensor);
+  const int64_t dim = tensor.dim();
+  STD_TORCH_CHECK(dim == 3 || dim == 4, "'", name, "' has shape ", list_text(tensor.sizes()),
                   ", expected (N, C, H, W) or (C, H, W)");
+  return {dim == 4 ? tensor.size(0) : 1, tensor.size(dim - 3), tensor.size(dim - 2), tensor.size(dim - 1)};
+}
+
+inline Conv2dGeometry checked_geometry(const ImageSizes &input, IntHeaderOnlyArrayRef weight_shape,
+                                       IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding,
+                                       IntHeaderOnlyArrayRef dilation, int64_t groups, PaddingMode padding_mode,
+                                       Activation activation) {
   checked_row_columns(weight_shape);
   check_list("stride", stride, 2, 1);
   check_list("padding", padding, 4, 0);
   check_list("dilation", dilation, 2, 1);
   Conv2dGeometry g{};
-  g.batch = dim == 4 ? input.size(0) : 1;
-  g.in_channels = input.size(dim - 3);
-  g.in_height = input.size(dim - 2);
-  g.in_width = input.size(dim - 1);
+  g.batch = input.batch;
+  g.in_channels = input.channels;
+  g.in_height = input.height;
+  g.in_width = input.width;
   g.out_channels = weight_shape[0];
   g.group_channels = weight_shape[1];
   g.kernel_height = weight_shape[2];
@@ -194,8 +207,8 @@ inline Conv2dGeometry checked_geometry(const Tensor &input, IntHeaderOnlyArrayRe
   STD_TORCH_CHECK(g.in_channels % groups == 0 && g.in_channels / groups == g.group_channels, "'input' has ",
                   g.in_channels, " channels, expected ", groups, " groups of ", g.group_channels,
                   ", as 'weight_shape' ", list_text(weight_shape), " says");
-  g.padding_mode = padding_mode_of(padding_mode);
-  g.activation = activation_of(activation);
+  g.padding_mode = padding_mode;
+  g.activation = activation;
   for (size_t side = 0; side < 4; ++side)
     check_pad(padding[side], side < 2 ? g.in_height : g.in_width, g.padding_mode);
   g.out_height =
@@ -205,6 +218,21 @@ inline Conv2dGeometry checked_geometry(const Tensor &input, IntHeaderOnlyArrayRe
   return g;
 }
 
+inline void check_packed(const Tensor &values, const Tensor &columns, const Tensor &panels, const Tensor &rows,
+                         const char *anchor_name, const Tensor &anchor, int64_t out_channels) {
+  check_tables(columns, panels, rows, anchor_name, anchor);
+  check_vector("values", values);
+  check_like("values", values, anchor_name, anchor);
+  STD_TORCH_CHECK(rows.size(0) >= out_channels, "'rows' has ", rows.size(0), " lanes, expected at least the ",
+                  out_channels, " output channels");
+}
+
+inline void check_bias(const Tensor &bias, const char *anchor_name, const Tensor &anchor, int64_t out_channels) {
+  check_like("bias", bias, anchor_name, anchor);
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == out_channels, "'bias' has shape ", list_text(bias.sizes()),
+                  ", expected (", out_channels, ")");
+}
+
 // Checks everything `conv2d` is given and returns the numbers of the call.
 inline Conv2dGeometry check_conv2d(const Tensor &input, const Tensor &values, const Tensor &columns,
                                    const Tensor &panels, const Tensor &rows, const std::optional<Tensor> &bias,
@@ -212,18 +240,11 @@ inline Conv2dGeometry check_conv2d(const Tensor &input, const Tensor &values, co
                                    IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t groups,
                                    const std::string &padding_mode, const std::string &activation,
                                    const std::optional<Tensor> &add) {
-  const Conv2dGeometry g =
-      checked_geometry(input, weight_shape, stride, padding, dilation, groups, padding_mode, activation);
-  check_tables(columns, panels, rows, "input", input);
-  check_vector("values", values);
-  check_like("values", values, "input", input);
-  STD_TORCH_CHECK(rows.size(0) >= g.out_channels, "'rows' has ", rows.size(0), " lanes, expected at least the ",
-                  g.out_channels, " output channels");
-  if (bias.has_value()) {
-    check_like("bias", *bias, "input", input);
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == g.out_channels, "'bias' has shape ", list_text(bias->sizes()),
-                    ", expected (", g.out_channels, ")");
-  }
+  const Conv2dGeometry g = checked_geometry(checked_images("input", input), weight_shape, stride, padding, dilation,
+                                            groups, padding_mode_of(padding_mode), activation_of(activation));
+  check_packed(values, columns, panels, rows, "input", input, g.out_channels);
+  if (bias.has_value())
+    check_bias(*bias, "input", input, g.out_channels);
   if (add.has_value()) {
     check_like("add", *add, "input", input);
     const std::vector<int64_t> expected = output_shape(g, input);

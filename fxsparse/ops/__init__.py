@@ -8,3 +8,4 @@ from fxsparse.ops import library
 library.load()
 
 from fxsparse.ops import conv2d as conv2d  # noqa: E402 - registers on top of the loaded schemas
+from fxsparse.ops import run_region as run_region  # noqa: E402 - likewise

@@ -1,4 +1,4 @@
-"""Fake, autograd and autocast of the operators."""
+"""Fake, autograd and autocast of `conv2d`, `unpack` and `repack`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.ops import reference
+from fxsparse.ops.autocast import register_autocast
 
 _aten = torch.ops.aten
 
@@ -155,28 +156,4 @@ def _repack_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("fxsparse::conv2d", _conv2d_backward, setup_context=_save_conv2d)
 torch.library.register_autograd("fxsparse::unpack", _unpack_backward, setup_context=_save_unpack)
 torch.library.register_autograd("fxsparse::repack", _repack_backward, setup_context=_save_repack)
-
-
-# torch.library.register_autocast casts to one fixed dtype; ours is the dtype of the autocast region that runs.
-_autocast = torch.library.Library("fxsparse", "FRAGMENT")
-
-
-def _register_autocast(device_type: str, key: str) -> None:
-    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def conv2d(input: Tensor, values: Tensor, *rest: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-
-        def cast(value: Any) -> Any:
-            eligible = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-            return value.to(dtype) if eligible else value
-
-        with torch._C._ExcludeDispatchKeyGuard(excluded):
-            result: Tensor = torch.ops.fxsparse.conv2d.default(*map(cast, (input, values, *rest)))
-        return result
-
-    _autocast.impl("conv2d", conv2d, key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autocast("conv2d")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxsparse.ops import reference
+from fxsparse.ops import reference, region
 
 log = logging.getLogger(__name__)
 
@@ -20,18 +20,20 @@ _BUILD_HINT = (
     "Build it with 'pip install --no-build-isolation .' (needs g++) in a checkout of fxsparse, or install a wheel."
 )
 
-# The one source of the schemas is csrc/bind_cpu.cpp; these define the operators only where it is not built.
+# The source of the schemas is csrc/bind_*.cpp; these define the operators only where that is not built.
 SCHEMAS = {
     "conv2d": (
         "(Tensor input, Tensor values, Tensor columns, Tensor panels, Tensor rows, Tensor? bias, "
         "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
         'str padding_mode="zeros", str activation="none", Tensor? add=None) -> Tensor'
     ),
+    "region": "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]",
     "unpack": "(Tensor values, Tensor columns, Tensor panels, Tensor rows, int[] weight_shape) -> Tensor",
     "repack": "(Tensor weight, Tensor columns, Tensor panels, Tensor rows, int values) -> Tensor",
 }
-_REFERENCE: dict[str, Callable[..., Tensor]] = {
+_REFERENCE: dict[str, Callable[..., Tensor | list[Tensor]]] = {
     "conv2d": reference.conv2d,
+    "region": region.reference,
     "unpack": reference.unpack,
     "repack": reference.repack,
 }

@@ -3,6 +3,7 @@
 
 #include "cpu/decode_columns.h"
 #include "cpu/gather_input.h"
+#include "cpu/pool_kernel.h"
 #include "cpu/run_unit.h"
 
 namespace fxsparse::FXSPARSE_ISA {
@@ -23,6 +24,8 @@ template <class T> constexpr KernelSet make_kernel_set() {
   if constexpr (sizeof(T) == 2)
     set.widen = widen_values<T>;
   set.run = run_unit<T, A>;
+  set.max_pool = max_pool<T, A>;
+  set.add_activate = add_activate<T, A>;
   return set;
 }
 

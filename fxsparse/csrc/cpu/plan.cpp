@@ -29,19 +29,6 @@ constexpr int64_t kUnsplitTiles = 4;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t align_up(int64_t a) { return ceil_div(a, kAlignment) * kAlignment; }
 
-const KernelSet &kernels_for(Dtype dtype) {
-  switch (selected_isa()) {
-#if defined(__x86_64__)
-  case Isa::kAvx512:
-    return avx512_kernels(dtype);
-  case Isa::kAvx2:
-    return avx2_kernels(dtype);
-#endif
-  default:
-    return baseline_kernels(dtype);
-  }
-}
-
 int64_t accumulator_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : 4; }
 int64_t storage_bytes(Dtype dtype) { return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2; }
 
@@ -178,6 +165,19 @@ int64_t plan_scratch(const ConvShape &s, const PackedWeight &w, Conv &c) {
 }
 
 } // namespace
+
+const KernelSet &kernels_for(Dtype dtype) {
+  switch (selected_isa()) {
+#if defined(__x86_64__)
+  case Isa::kAvx512:
+    return avx512_kernels(dtype);
+  case Isa::kAvx2:
+    return avx2_kernels(dtype);
+#endif
+  default:
+    return baseline_kernels(dtype);
+  }
+}
 
 int64_t group_tiles(const Conv &conv, int64_t images) {
   return ceil_div(images * conv.out_height, conv.tile_height) * conv.pieces;

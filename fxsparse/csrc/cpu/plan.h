@@ -27,6 +27,11 @@ struct Unit {
 // tiles and units of a group that all workers gather together.
 enum class Schedule { kImages, kWindows, kShared };
 
+// Max pooling of one plane; `row_elements` is what one padded row takes, with room to read past its end.
+struct PoolShape {
+  int64_t height, width, out_height, out_width, kernel[2], stride[2], pad[2], dilation[2], row_elements;
+};
+
 struct KernelSet;
 
 struct Conv {
@@ -83,7 +88,14 @@ struct KernelSet {
   // at the group's first image.
   void (*run)(const Conv &conv, const Unit &unit, Band band, int64_t images, const void *cells, void *output,
               const void *add, void *results);
+  // `scratch` has place for shape.row_elements of A.
+  void (*max_pool)(const PoolShape &shape, const void *input, void *output, int64_t planes, void *scratch);
+  // output = activation(a + b) for `count` elements of T; `b` may be null.
+  void (*add_activate)(const void *a, const void *b, void *output, int64_t count, Activation activation);
 };
+
+// The kernels that this process uses.
+const KernelSet &kernels_for(Dtype dtype);
 
 // Tiles of a group of so many images.
 int64_t group_tiles(const Conv &conv, int64_t images);

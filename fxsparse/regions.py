@@ -1,0 +1,185 @@
+"""Regions: consecutive sparse convolutions, and what stands between them, as one call.
+
+Called one by one, small convolutions cost as much to call as to compute, and large ones write their results to memory
+and read them back. `fxsparse::region` runs many as one call, a few images at a time.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from fxsparse import epilogues, node_kinds, sites
+from fxsparse.ops import region
+from fxsparse.ops.library import has_kernel
+from fxsparse.writes import written_input
+
+_LEAST_STEPS = 2
+
+
+class Group:
+    """Nodes that become one region: connected, and nothing outside lies between two of them.
+
+    Attributes:
+        nodes: in graph order.
+        inputs: the values outside that they read. All are images of one batch, because each node reads a value of the
+            group or one that the group reads already.
+    """
+
+    def __init__(self) -> None:
+        """Begin an empty group."""
+        self.nodes: dict[Node, None] = {}
+        self.inputs: dict[Node, None] = {}
+        self._behind: set[Node] = set()
+
+    def takes(self, gm: GraphModule, node: Node) -> bool:
+        """Tell whether a node can be a step behind those that are here."""
+        values = _images(node)
+        if any(value in self._behind for value in values):
+            return False
+        if _is_sparse(gm, node):
+            return not self.nodes or any(value in self.nodes or value in self.inputs for value in values)
+        # Any other step is one on what a step gave only: that is known to be contiguous.
+        return all(value in self.nodes for value in values) and _other_step(gm, node, {}) is not None
+
+    def add(self, node: Node) -> None:
+        """Take a node."""
+        self.inputs.update(dict.fromkeys(value for value in _images(node) if value not in self.nodes))
+        self.nodes[node] = None
+
+    def pass_by(self, node: Node) -> None:
+        """Note a node that stays outside."""
+        if self.needs(node):
+            self._behind.add(node)
+
+    def needs(self, node: Node) -> bool:
+        """Tell whether a node outside runs on what the group gives."""
+        return any(value in self.nodes or value in self._behind for value in node.all_input_nodes)
+
+
+def gathered(gm: GraphModule, graph: Graph) -> Graph:
+    """Return a graph with its regions in single calls; the same graph where there are none.
+
+    Args:
+        gm: owns the parameters.
+        graph: with the epilogues in its convolutions (`epilogues.executed`).
+    """
+    groups = find(gm, graph)
+    return _rewrite(gm, graph, groups) if groups else graph
+
+
+def find(gm: GraphModule, graph: Graph) -> list[Group]:
+    """Return the regions of a graph, in its order."""
+    groups = [Group()]
+    for node in graph.nodes:
+        if node.op in ("get_attr", "placeholder"):
+            continue
+        if groups[-1].takes(gm, node):
+            groups[-1].add(node)
+        elif _is_sparse(gm, node):
+            groups.append(Group())
+            groups[-1].add(node)
+        elif written_input(gm, node) is not None:  # nothing is computed sooner or later than this
+            groups.append(Group())
+        else:
+            groups[-1].pass_by(node)
+    return [group for group in groups if len(group.nodes) >= _LEAST_STEPS]
+
+
+def _rewrite(gm: GraphModule, graph: Graph, groups: list[Group]) -> Graph:
+    rewritten = epilogues.empty_copy(graph)
+    copies: dict[Node, Node] = {}
+
+    def copy(node: Node) -> None:
+        if node.op == "output":
+            rewritten.output(map_arg(node.args[0], copies.__getitem__), node.type)
+        else:
+            copies[node] = rewritten.node_copy(node, copies.__getitem__)
+
+    group_of = {node: group for group in groups for node in group.nodes}
+    waiting: list[Node] = []  # nodes between the steps of a region that run on what it gives
+    open_group: Group | None = None
+    for node in graph.nodes:
+        group = group_of.get(node)
+        if group is not None:
+            open_group = group
+            if node is next(reversed(group.nodes)):
+                _emit(gm, rewritten, group, copies)
+                for other in waiting:
+                    copy(other)
+                open_group, waiting = None, []
+        elif open_group is not None and open_group.needs(node):
+            waiting.append(node)
+        else:
+            copy(node)
+    return rewritten
+
+
+def _emit(gm: GraphModule, graph: Graph, group: Group, copies: dict[Node, Node]) -> None:
+    """Put a region's call into a graph, and its results into `copies`."""
+    numbers = {node: i for i, node in enumerate((*group.inputs, *group.nodes))}
+    tensors: dict[Node, int] = {}
+    program: list[int] = []
+    for node in group.nodes:
+        step = _conv(node, numbers, tensors) if node.target is node_kinds.SPARSE else _other_step(gm, node, numbers)
+        assert step is not None
+        program += step.numbers()
+    results = [node for node in group.nodes if any(user not in group.nodes for user in node.users)]
+    arguments = (
+        [copies[n] for n in group.inputs],
+        [copies[n] for n in tensors],
+        program,
+        [numbers[n] for n in results],
+    )
+    call = graph.call_function(torch.ops.fxsparse.region.default, arguments)
+    for i, node in enumerate(results):
+        copies[node] = graph.call_function(operator.getitem, (call, i))
+
+
+def _is_sparse(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node is a sparse site that the kernel for regions can run: on a CPU."""
+    if node.target is not node_kinds.SPARSE or sites.site_of(node) is None:
+        return False
+    values = node.args[1]
+    assert isinstance(values, Node)
+    device = sites.attribute(gm, str(values.target)).device
+    return device.type == "cpu" and has_kernel(device)
+
+
+def _images(node: Node) -> list[Node]:
+    """Return the inputs of a node that are images, not parameters."""
+    return [value for value in node.all_input_nodes if value.op != "get_attr"]
+
+
+def _conv(node: Node, numbers: dict[Node, int], tensors: dict[Node, int]) -> region.Conv:
+    arguments: Any = (*node.args, *("none", None)[len(node.args) - 12 :])
+    source, values, columns, panels, rows, bias, *geometry, activation, add = arguments
+
+    def tensor(value: Node | None) -> int:
+        return region.NONE if value is None else tensors.setdefault(value, len(tensors))
+
+    fields: Any = (
+        numbers[source],
+        region.NONE if add is None else numbers[add],
+        tuple(tensor(value) for value in (values, columns, panels, rows)),
+        tensor(bias),
+        *geometry,
+        activation,
+    )
+    return region.Conv(*fields)
+
+
+def _other_step(gm: GraphModule, node: Node, numbers: dict[Node, int]) -> region.Step | None:
+    """Return the step that a node is besides a convolution, or None; with {} for the numbers only whether it is one."""
+    images = _images(node)
+    activation = node_kinds.activation_of(gm, node)
+    if activation is not None:
+        return region.Add(numbers.get(images[0], 0), region.NONE, activation)
+    if node_kinds.adds_alike(gm, node):
+        return region.Add(numbers.get(images[0], 0), numbers.get(images[1], 0), "none")
+    window = node_kinds.max_pool_of(gm, node)
+    return None if window is None else region.MaxPool(numbers.get(images[0], 0), *window)
