@@ -1,6 +1,5 @@
 // Operator schemas of fxsparse, argument checks, and the CPU implementations' registration.
-#include <Python.h>
-
+// Nothing here needs Python: `torch.ops.load_library` loads the library, and so does dlopen from a C++ program.
 #include <algorithm>
 
 #include <torch/csrc/stable/library.h>
@@ -11,11 +10,6 @@
 #include "cpu/isa.h"
 #include "cpu/packed.h"
 #include "cpu/plan.h"
-
-extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&definition);
-}
 
 namespace fxsparse {
 namespace {
