@@ -17,12 +17,12 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard fxsparse/csrc/*.* fxsparse/csrc/*/*.*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard fxsparse/csrc/*.* fxsparse/csrc/*/*.* examples/cpp/*.cpp)
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard fxsparse/csrc/*.* fxsparse/csrc/*/*.*)
+	$(BIN)/clang-format -i $(wildcard fxsparse/csrc/*.* fxsparse/csrc/*/*.* examples/cpp/*.cpp)
 
 setup: $(VENV)/.built
 

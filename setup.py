@@ -1,9 +1,10 @@
 """Builds the two extension libraries of fxsparse on LibTorch's stable ABI.
 
 `fxsparse/_C.abi3.so` (schemas, CPU kernels) needs g++ or clang++; `fxsparse/_C_cuda.abi3.so` (CUDA kernels) is built
-too wherever nvcc is found, GPU or not. Neither links Python or a CUDA runtime library dynamically, so one build
-serves every torch from 2.11 on. torch.utils.cpp_extension is not used: it refuses to compile CUDA sources when the
-installed torch is CPU-only.
+too wherever nvcc is found, GPU or not. Neither needs Python, or a CUDA runtime library at run time, so one build serves
+every Python, every torch from 2.11 on, and C++ programs. They are no modules to import: torch.ops.load_library and
+dlopen load them. torch.utils.cpp_extension is not used: it refuses to compile CUDA sources when the installed torch is
+CPU-only.
 
 Environment: CXX, NVCC (compilers), FXSPARSE_CUDA_ARCHS (for example "80;90a"), FXSPARSE_WITHOUT_CUDA=1,
 FXSPARSE_CXXFLAGS (extra flags, for example "-fsanitize=address -g").
@@ -18,7 +19,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -63,10 +63,9 @@ class BuildLibraries(build_ext):
         objects = Path(self.build_temp) / ext.name
         objects.mkdir(parents=True, exist_ok=True)
         torch = _torch_dir()
-        include = [f"-I{torch / 'include'}", f"-I{sysconfig.get_paths()['include']}", f"-I{CSRC}"]
+        include = [f"-I{torch / 'include'}", f"-I{CSRC}"]
         common = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET_2_11}",
-            "-DPy_LIMITED_API=0x030A0000",
             "-std=c++20",
             "-O3",
             *include,
@@ -119,7 +118,13 @@ def _find_nvcc() -> str | None:
 
 def _extensions() -> list[Extension]:
     relative = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "cpu").glob("*.cpp"))]
-    libraries = [Extension("fxsparse._C", ["fxsparse/csrc/bind_cpu.cpp", "fxsparse/csrc/bind_region.cpp", *relative], py_limited_api=True)]
+    libraries = [
+        Extension(
+            "fxsparse._C",
+            ["fxsparse/csrc/bind_cpu.cpp", "fxsparse/csrc/bind_region.cpp", *relative],
+            py_limited_api=True,
+        )
+    ]
     if _find_nvcc():
         kernels = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "cuda").glob("*.cu"))]
         cuda = ["fxsparse/csrc/bind_cuda.cu", *kernels]
@@ -127,4 +132,8 @@ def _extensions() -> list[Extension]:
     return libraries
 
 
-setup(ext_modules=_extensions(), cmdclass={"build_ext": BuildLibraries})
+setup(
+    ext_modules=_extensions(),
+    cmdclass={"build_ext": BuildLibraries},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},  # one wheel for every Python
+)

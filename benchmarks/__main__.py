@@ -19,6 +19,7 @@ COMMANDS = {
     "face": "a face detector that was really pruned, converted without loss",
     "lth": "a VGG-16 lottery ticket in the paper's own blocks",
     "layers": "single convolutions, regrouped and unstructured, against the best dense kernel",
+    "sizes": "bytes on disk: dense, converted and frozen",
     "tuner": "how often calibration changes its mind, and what its choices cost",
     "never-slower": "20 models at every density: the calibrated model must not be slower than the vanilla one",
 }

@@ -1,27 +1,24 @@
-"""What to time against what: the ways a user would run the dense model, and whole-model comparisons of them.
+"""Whole-model comparisons of a converted model with the ways a user would run the dense one (`fxsparse/arms.py`).
 
-The best dense arm is the baseline, not the slowest. Batch norms are folded in all of them by torch's own
-fuser, so that fxsparse does not win by folding.
+The best dense arm is the baseline, not the slowest.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
 
 import fxsparse
-from benchmarks.agreement import Agreement, allowed_error, largest_error, own_error
+from fxsparse.arms import channels_last, dense_arms, fold_batch_norm
+from fxsparse.arms import compiled as compiled_arm
+from fxsparse.inputs import ExampleInputs
+from fxsparse.output_agreement import Agreement, allowed_error, largest_error, own_error
 from fxsparse.timing import Timing, interleaved
-
-Arm = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +104,7 @@ class Converted:
 
 def convert(model: nn.Module, masks: Any, x: Tensor, settings: fxsparse.Settings) -> Converted:
     """Convert a model as it is and in channels_last; both start as the user would have them."""
-    last = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last = channels_last(model)
     inputs = {"fxsparse": x, "fxsparse channels_last": x.contiguous(memory_format=torch.channels_last)}
     modules = {
         arm: fxsparse.convert(start, masks, example_inputs=(inputs[arm],), settings=settings)
@@ -132,11 +129,15 @@ def compare(
         RuntimeError: an arm's output is further from the dense model's than rounding explains.
     """
     wanted, own = own_error(dense, x)
-    arms = dense_arms(dense, x, compiled=compiled)
+    inputs = ExampleInputs((x,), {})
+    folded = fold_batch_norm(dense)
+    arms = dense_arms(folded, inputs)
+    if compiled:
+        arms["dense compiled"] = compiled_arm(folded, inputs)
     for name, module in converted.modules.items():
         arms[name] = partial(module, converted.inputs[name])
     if compiled:
-        arms["fxsparse compiled"] = _compiled(converted.modules["fxsparse"], x)
+        arms["fxsparse compiled"] = compiled_arm(converted.modules["fxsparse"], inputs)
     agreement = {}
     allowed = allowed_error(own, x.dtype)
     for name, arm in arms.items():
@@ -146,28 +147,6 @@ def compare(
             error = agreement[name].error
             raise RuntimeError(f"The arm '{name}' differs from the dense model by {error:.3g} (allowed {allowed:.3g}).")
     return Comparison(interleaved(arms, x.device, budget_s=budget_s, max_rounds=101), agreement)
-
-
-def dense_arms(model: nn.Module, x: Tensor, *, compiled: bool) -> dict[str, Arm]:
-    """Return the dense ways to run a model on an input, batch norms folded."""
-    folded = fuse(model)
-    last = copy.deepcopy(folded).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    x_last = x.contiguous(memory_format=torch.channels_last)
-    arms: dict[str, Arm] = {
-        "dense eager": partial(folded, x),
-        "dense channels_last": partial(last, x_last),
-    }
-    if compiled:
-        arms["dense compiled"] = _compiled(folded, x)
-    return arms
-
-
-def _compiled(model: nn.Module, x: Tensor) -> Arm:
-    """Compile with freezing, which dynamo wants on while it traces: `options=` comes too late for it."""
-    module = torch.compile(copy.deepcopy(model))
-    with torch._inductor.config.patch(freezing=True), torch.inference_mode():
-        module(x)
-    return partial(module, x)
 
 
 def budget_arguments(parser: Any) -> None:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks.agreement import allowed_error, largest_error
-from benchmarks.arms import Arm
+from fxsparse.arms import Arm
 from fxsparse.ops.packing import PackedWeight, pack
+from fxsparse.output_agreement import allowed_error, largest_error
 from fxsparse.regrouping import Target, regroup
 from fxsparse.timing import interleaved
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import fxsparse
 from benchmarks import models
-from benchmarks.agreement import Agreement, allowed_error, largest_error, own_error
 from benchmarks.arms import budget_arguments, compare, convert
+from fxsparse.output_agreement import Agreement, allowed_error, largest_error, own_error
 
 BLOCKS = Path(__file__).parent / "data" / "lth_vgg16bn_cifar_blocks.npz"
 BlockList = list[tuple[list[int], list[int]]]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxsparse.output_agreement import forget_caches
+
 SIZES = (64, 96, 128, 160, 192, 224, 256)
 DENSITY = 0.1
 FAMILIES = ("torchvision", "timm")
@@ -122,26 +124,6 @@ def fill_pruned(model: nn.Module, masks: dict[str, Tensor], seed: int = 0) -> No
             noise = torch.empty(int((~mask).sum())).normal_(0, float(weight.abs().max()), generator=generator)
             weight[~mask] = noise.to(weight.dtype)
     forget_caches(model)
-
-
-def forget_caches(model: nn.Module) -> nn.Module:
-    """Make an eval-mode model compute anew what it keeps from earlier runs; return it.
-
-    Some attention layers cache a bias computed from parameters until the mode changes.
-    """
-    return model.train().eval()
-
-
-def magnitude_masks(model: nn.Module, density: float) -> dict[str, Tensor]:
-    """Return by module name a mask that keeps the largest weights of each `nn.Conv2d`, at least one."""
-    masks = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            size = module.weight.detach().abs().flatten()
-            mask = torch.zeros(size.numel(), dtype=torch.bool)
-            mask[size.topk(max(1, round(density * size.numel())), sorted=False).indices] = True
-            masks[name] = mask.reshape(module.weight.shape)
-    return masks
 
 
 def apply_masks(model: nn.Module, masks: dict[str, Tensor]) -> None:

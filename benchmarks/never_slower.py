@@ -26,8 +26,8 @@ import torch
 from tabulate import tabulate
 
 import fxsparse
-from benchmarks.arms import Arm
 from benchmarks.pruned import STRUCTURES, ZOO, Start, start
+from fxsparse.arms import Arm
 from fxsparse.timing import Ratio, interleaved
 
 LEAST = 0.98
@@ -47,7 +47,7 @@ class Cell:
         model, size, density, structure, batch: which. Nothing pruned is "unstructured".
         error, details: why there are no numbers, and the traceback; else "".
         sites, sparse, moves: convolutions, those that run sparse, and layout changes in the plan.
-        rel_err, allowed: see `agreement.py`.
+        rel_err, allowed: see `fxsparse/output_agreement.py`.
         convert_s: wall-clock seconds from the bare model to the converted one; None after the first batch size.
         calibrate_s: wall-clock seconds.
         vanilla_ms, calibrated_ms: medians of one run of the model.

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import fxsparse
 from benchmarks import models
-from benchmarks.agreement import allowed_error, largest_error, own_error
-from benchmarks.arms import Arm
 from benchmarks.lth import Features
+from fxsparse.arms import Arm
+from fxsparse.magnitude import magnitude_masks
+from fxsparse.output_agreement import allowed_error, largest_error, own_error
 
 STRUCTURES = ("unstructured", "regrouped")
 # Family and pixels. Fixed and varied: plain, residual, concatenating, grouped, depthwise, squeeze-and-excite, large
@@ -52,7 +53,7 @@ class Start:
         vanilla: a copy with every site as captured; batch norms are folded in it as in `model`.
         inputs: by batch size.
         wanted: the masked dense model's outputs, by batch size.
-        allowed: by batch size, how far an output may be from that (`agreement.py`).
+        allowed: by batch size, how far an output may be from that (`fxsparse/output_agreement.py`).
     """
 
     model: nn.Module
@@ -117,7 +118,7 @@ def build(name: str) -> nn.Module:
 
 def make_masks(model: nn.Module, density: float, structure: str) -> dict[str, Tensor]:
     """Prune by magnitude, or keep the same number of weights in blocks."""
-    masks = models.magnitude_masks(model, density)
+    masks = magnitude_masks(model, density)
     if structure == "unstructured":
         return masks
     convolutions = {name: model.get_submodule(name) for name in masks}

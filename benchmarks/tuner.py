@@ -30,8 +30,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxsparse
-from benchmarks.arms import Arm
 from benchmarks.pruned import STRUCTURES, ZOO, Start, start
+from fxsparse.arms import Arm
 from fxsparse.timing import Ratio, interleaved
 
 TIE = 0.02

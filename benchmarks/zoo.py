@@ -3,7 +3,7 @@
 Every classification model of torchvision and a fixed list of timm's CNNs, pruned by magnitude to 10 % layer
 by layer, with random weights. Nothing is timed: the sites follow the cost model's estimate. The converted
 model sees new images, in two batch sizes, of which only one was there at conversion. What is allowed to
-differ: `agreement.py`.
+differ: `fxsparse/output_agreement.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from torch.fx import GraphModule, Node
 
 import fxsparse
 from benchmarks import models
-from benchmarks.agreement import allowed_error, largest_error, own_error
 from fxsparse import sites
+from fxsparse.magnitude import magnitude_masks
+from fxsparse.output_agreement import allowed_error, largest_error, own_error
 
 # A conversion's peak in bytes per parameter: two copies, the float64 reference and the regrouping's tables.
 _BYTES_PER_PARAMETER = 22
@@ -50,7 +51,7 @@ class Entry:
         convolutions, sparse: rows of the report, and those that run sparse.
         dense_reasons: how often each reason keeps a convolution dense.
         norms_left: batch norms that still stand directly behind a convolution, unfolded; None without a graph.
-        rel_err, allowed: see `agreement.py`.
+        rel_err, allowed: see `fxsparse/output_agreement.py`.
         seconds: wall-clock time of the conversion; total: of everything.
     """
 
@@ -129,7 +130,7 @@ def _convert_one(entry: Entry, arguments: argparse.Namespace) -> None:
         return
     example = models.smallest_input(model, batch=2)
     entry.size = example.shape[-1]
-    masks = models.magnitude_masks(model, arguments.density)
+    masks = magnitude_masks(model, arguments.density)
     models.prepare(model, masks, example)
     fresh = torch.randn(5, *example.shape[1:], generator=torch.Generator().manual_seed(1))
     wanted, own = own_error(model, fresh)

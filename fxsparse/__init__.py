@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from fxsparse.regrouping import regroup as regroup
     from fxsparse.regrouping import regroup_masks as regroup_masks
     from fxsparse.report import Report as Report
+    from fxsparse.saving import load as load
+    from fxsparse.saving import load_weights as load_weights
+    from fxsparse.saving import save as save
+    from fxsparse.saving import save_weights as save_weights
     from fxsparse.settings import Settings as Settings
 
 __version__ = "0.1.0"
@@ -47,8 +51,12 @@ _PUBLIC = {
     "convert": "fxsparse.conversion",
     "explain": "fxsparse.conversion",
     "freeze": "fxsparse.freezing",
+    "load": "fxsparse.saving",
+    "load_weights": "fxsparse.saving",
     "regroup": "fxsparse.regrouping",
     "regroup_masks": "fxsparse.regrouping",
+    "save": "fxsparse.saving",
+    "save_weights": "fxsparse.saving",
     "set_mode": "fxsparse.modes",
     "to_dense": "fxsparse.freezing",
 }

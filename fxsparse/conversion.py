@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fxsparse import names, sites
+from fxsparse import checkpoints, names, sites
 from fxsparse.calibration import calibrate, record_shapes
 from fxsparse.capture import Captured, capture
 from fxsparse.graph_module import follow_training_flag
@@ -58,7 +58,10 @@ def convert(
     inputs = ExampleInputs.of(example_inputs, model)
     baked = bake(model, masks)
     selected = _select(baked.model, settings)
+    keys = list(baked.model.state_dict())
     captured = capture(baked.model, inputs, settings.capture)
+    for prefix, gm in captured.graphs:
+        checkpoints.record(gm, keys, prefix)
     others = _run_passes(captured, baked, settings, selected)
     if inputs is not None:
         record_shapes(captured.model, inputs)

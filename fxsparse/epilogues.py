@@ -1,4 +1,4 @@
-"""The graph that runs: each sparse convolution with what follows it in one call.
+"""Epilogues: each sparse convolution with what follows it in one call.
 
 A converted graph keeps a node for every step, because modes, layouts, plans and files go by them. Its code is generated
 from a copy in which a sparse convolution does the activation and the residual addition behind it too, so that its
@@ -31,8 +31,8 @@ class Epilogue(NamedTuple):
     replaced: tuple[Node, ...]
 
 
-def executed(gm: GraphModule) -> Graph:
-    """Return the graph to generate a module's code from: its own, or a copy with the epilogues in the convolutions."""
+def fused(gm: GraphModule) -> Graph:
+    """Return the graph of a module, or a copy with the epilogues in its convolutions."""
     epilogues = find(gm)
     if not epilogues:
         return gm.graph

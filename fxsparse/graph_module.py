@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from itertools import chain
+from typing import Any, NoReturn
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.graph import PythonCode
 
-from fxsparse import epilogues, layouts, regions, shared_paths, sites
+from fxsparse import checkpoints, layouts, regions, shared_paths, sites
 from fxsparse.errors import FxsparseError
 from fxsparse.plan import Move
 from fxsparse.sites import TRAINING, ConvSite
@@ -47,20 +50,17 @@ class ConvertedModule(GraphModule):
     def recompile(self) -> PythonCode:
         """Generate the code: epilogues in the convolutions, regions as single calls, each module looked up once."""
         shared_paths.install(self)
+        # torch.compile does not look at the code of a module inside of a model again, but at its class it does.
+        # torch.fx knows the classes that it makes for single modules by this name.
+        fresh = type("GraphModuleImpl", (ConvertedModule,), {"__module__": __name__})
+        fresh.__name__ = type(self).__name__
+        self.__class__ = fresh
         graph = self._graph
-        self._graph = regions.gathered(self, epilogues.executed(self))
+        self._graph = regions.executed(self)
         try:
             return super().recompile()
         finally:
             self._graph = graph
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ConvertedModule:
-        """Move or cast everything, as `to`, `half` and others do; which calls the code makes depends on the device."""
-        before = {tensor.device for tensor in self.buffers()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if {tensor.device for tensor in self.buffers()} != before:
-            self.recompile()
-        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         """Copy the graph with its hooks and plain attributes, which GraphModule drops."""
@@ -69,6 +69,88 @@ class ConvertedModule(GraphModule):
             if name in HOOKS or name not in copied.__dict__:
                 copied.__dict__[name] = copy.deepcopy(value, memo)
         return copied
+
+    def __copy__(self) -> ConvertedModule:
+        """Copy the graph, whose nodes a mode re-targets; share the parameters and buffers."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in chain(self.parameters(), self.buffers())})
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be pickled: pickle would keep the generated code and drop what fxsparse knows of it."""
+        raise FxsparseError(
+            "A converted model cannot be pickled, nor saved by torch.save. Use fxsparse.save(model, path) and "
+            "fxsparse.load(path), also to bring it to another process; torch.save(model.state_dict(), path) keeps its "
+            "tensors alone."
+        )
+
+    def __reduce_package__(self, exporter: Any) -> NoReturn:
+        """Refuse to be packed by torch.package, for the same reason."""
+        self.__reduce_ex__(0)
+
+    def _replicate_for_data_parallel(self) -> ConvertedModule:
+        """Return a replica that shares the graph and its code: it lives for one call and only runs."""
+        replica: ConvertedModule = object.__new__(type(self))
+        replica.__dict__ = {
+            **self.__dict__,
+            "_parameters": {},
+            "_buffers": self._buffers.copy(),
+            "_modules": self._modules.copy(),
+            "_is_replica": True,
+        }
+        return replica
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedModule:
+        """Cast or move the tensors; masks and tables keep their dtype and, even under `to_empty`, their content."""
+        fixed = {name: sites.attribute(self, name) for name in _fixed_names(self)}
+        devices = {tensor.device for tensor in self.buffers()}
+        before = {name: layouts.layout_of(weight) for name, weight in _dense_weights(self)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in fixed.items():
+            device = sites.attribute(self, name).device
+            if tensor.is_meta and device.type != "meta":
+                # No content yet: tables of zeros, which no kernel reads out of bounds, and masks that prune nothing.
+                tensor = torch.full_like(tensor, tensor.dtype == torch.bool, device=device)
+            sites.set_attribute(self, name, tensor.to(device))
+        for name, weight in _dense_weights(self):
+            if layouts.layout_of(weight) != before[name]:  # the user's layout, which calibration comes back to
+                for node, site in sites.conv_sites(self):
+                    if site.weight == name:
+                        sites.update(node, weight_layout=layouts.layout_of(weight))
+        if {tensor.device for tensor in self.buffers()} != devices:  # there are regions on a CPU alone
+            self.recompile()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: MutableMapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Bring dense weights into the form of this graph before torch loads them."""
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        checkpoints.translate(self, state_dict, prefix, missing_keys, error_msgs, assign=assign)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _fixed_names(gm: GraphModule) -> list[str]:
+    """Name the masks and tables of a graph: they belong to the conversion, whatever dtype the weights have."""
+    names: dict[str, None] = {}
+    for _, site in sites.conv_sites(gm):
+        names.update(
+            dict.fromkeys([*([site.mask] if site.mask else []), *(site.packed_names[1:] if site.packed else ())])
+        )
+    return list(names)
+
+
+def _dense_weights(gm: GraphModule) -> list[tuple[str, Tensor]]:
+    """Return the dense weights of a graph's sites, by name, where `freeze` has not dropped them."""
+    own = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
+    return [(name, own[name]) for name in dict.fromkeys(s.weight for _, s in sites.conv_sites(gm)) if name in own]
 
 
 def begin_training(gm: GraphModule) -> None:

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxsparse.errors import FxsparseError
+
+REMEMBERED = "_example_inputs"  # the attribute of a converted graph that `remember` sets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,25 @@ class ExampleInputs:
                 raise FxsparseError(
                     f"Example input '{name}' is on {value.device}; the model is on {device}. Move one of them."
                 )
+
+
+def remember(model: nn.Module, inputs: ExampleInputs) -> None:
+    """Note on a model what its inputs look like, without their values, for `fxsparse.save`."""
+    from fxsparse.report import attach  # which imports what reads inputs
+
+    bare = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (inputs.args, inputs.kwargs))
+    attach(model, REMEMBERED, ExampleInputs(*bare))
+
+
+def remembered(model: nn.Module, device: torch.device) -> ExampleInputs | None:
+    """Return inputs of zeros that look like those that `remember` got last, or None."""
+    noted: ExampleInputs | None = model.__dict__.get(REMEMBERED)
+    if noted is None:
+        return None
+    zeros = pytree.tree_map_only(
+        Tensor, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device=device), (noted.args, noted.kwargs)
+    )
+    return ExampleInputs(*zeros)
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def bake(model: nn.Module, masks: Mapping[str, Any] | None) -> BakedModel:
                 raise FxsparseError(
                     f"The masks name the weight '{target}' twice (the second time as '{name}'). Give one mask a weight."
                 )
-            found[target] = _read(name, given, parameters[target], _groups(private, target))
+            found[target] = read(name, given, parameters[target], _groups(private, target))
             if parameters[target].dim() != 4:
                 notes.append(f"'{target}' is masked but is no 2-D convolution's weight: it runs dense, with its zeros.")
         for target, mask in found.items():
@@ -197,7 +197,18 @@ def _resolve(name: str, aliases: Mapping[str, str], parameters: Mapping[str, nn.
     return target
 
 
-def _read(name: str, given: Any, parameter: nn.Parameter, groups: int) -> WeightMask:
+def read(name: str, given: Any, parameter: Tensor, groups: int) -> WeightMask:
+    """Read one mask.
+
+    Args:
+        name: that the user gave it under.
+        given: a tensor of the weight's shape, or a block list.
+        parameter: the weight, [O, C / groups, kh, kw] or, for a tensor, any shape.
+        groups: of the convolution.
+
+    Raises:
+        FxsparseError: the mask does not fit the weight.
+    """
     shape = tuple(parameter.shape)
     if isinstance(given, np.ndarray):
         given = torch.from_numpy(given)

@@ -301,7 +301,7 @@ _read_site = json_values.record(
     bound_ms=json_values.optional(json_values.milliseconds),
     reason=json_values.text,
 )
-_read_move = json_values.record(
+read_move = json_values.record(
     Move,
     graph=json_values.text,
     value=json_values.text,
@@ -312,7 +312,7 @@ _read_entry = json_values.record(
     PlanEntry,
     key=_read_key,
     sites=json_values.by_name(_read_site),
-    moves=json_values.tuple_of(_read_move),
+    moves=json_values.tuple_of(read_move),
     model_vanilla_ms=json_values.optional(json_values.milliseconds),
     model_ms=json_values.optional(json_values.milliseconds),
     environment=json_values.by_name(json_values.text),

@@ -61,19 +61,20 @@ class Group:
         return any(value in self.nodes or value in self._behind for value in node.all_input_nodes)
 
 
-def gathered(gm: GraphModule, graph: Graph) -> Graph:
-    """Return a graph with its regions in single calls; the same graph where there are none.
-
-    Args:
-        gm: owns the parameters.
-        graph: with the epilogues in its convolutions (`epilogues.executed`).
-    """
+def executed(gm: GraphModule) -> Graph:
+    """Return the graph that a module runs: its own, or a copy with epilogues and regions in single calls."""
+    graph = epilogues.fused(gm)
     groups = find(gm, graph)
     return _rewrite(gm, graph, groups) if groups else graph
 
 
 def find(gm: GraphModule, graph: Graph) -> list[Group]:
-    """Return the regions of a graph, in its order."""
+    """Return the regions of a graph, in its order.
+
+    Args:
+        gm: owns the parameters.
+        graph: with the epilogues in its convolutions (`epilogues.fused`).
+    """
     groups = [Group()]
     for node in graph.nodes:
         if node.op in ("get_attr", "placeholder"):
@@ -83,7 +84,8 @@ def find(gm: GraphModule, graph: Graph) -> list[Group]:
         elif _is_sparse(gm, node):
             groups.append(Group())
             groups[-1].add(node)
-        elif written_input(gm, node) is not None:  # nothing is computed sooner or later than this
+        elif written_input(gm, node) is not None or not node.all_input_nodes or node.is_impure():
+            # A write, or a switch such as autocast's: nothing is computed sooner or later than that.
             groups.append(Group())
         else:
             groups[-1].pass_by(node)

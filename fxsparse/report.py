@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import nn
 from torch.fx import GraphModule
 
-from fxsparse import sites
+from fxsparse import json_values, sites
 from fxsparse.errors import FxsparseError
 from fxsparse.sites import ConvSite
 
@@ -119,6 +119,24 @@ class Report:
     def to_json(self) -> str:
         """Return the report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
+
+    @staticmethod
+    def from_dict(values: Any, source: str = "The report") -> Report:
+        """Read what `to_dict` returned, or the same out of JSON text; the rows have no pictures.
+
+        Args:
+            values: JSON values, from any source.
+            source: begins the message of an error; a file's name, for example.
+
+        Raises:
+            FxsparseError: some value cannot be.
+        """
+        from fxsparse.saving.report_state import report_from_dict  # which makes reports
+
+        try:
+            return report_from_dict(values, "it")
+        except json_values.Wrong as error:
+            raise FxsparseError(f"{source} is not usable: {error}. Convert or calibrate the model again.") from error
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one self-contained page.

@@ -14,7 +14,9 @@ from torch import nn
 
 import fxsparse
 from benchmarks import __main__ as command
-from benchmarks import agreement, face, layers, lth, models, zoo
+from benchmarks import face, layers, lth, models, zoo
+from fxsparse import output_agreement as agreement
+from fxsparse.magnitude import magnitude_masks
 
 
 def _needs(*packages: str) -> pytest.MarkDecorator:
@@ -88,7 +90,7 @@ def test_prepared_models_hide_no_branch() -> None:
             return x + self.layer_scale * self.conv(x)
 
     model, x = Scaled().eval(), torch.randn(2, 3, 8, 8)
-    masks = models.magnitude_masks(model, 0.1)
+    masks = magnitude_masks(model, 0.1)
     models.prepare(model, masks, x)
     assert model.layer_scale.min() >= 0.5
     assert model.conv(x).std().item() == pytest.approx(1, rel=1e-3)
@@ -117,7 +119,7 @@ def test_prepared_models_use_no_stale_cache() -> None:
     model, x = Caching().eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         assert not model(x).any()
-        models.prepare(model, models.magnitude_masks(model, 0.5), x)
+        models.prepare(model, magnitude_masks(model, 0.5), x)
         assert torch.equal(model(x), model.conv(x) * model.scale * 2)
     assert agreement.own_error(model, x)[1] < 1e-6
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Interpreter
 
 import fxsparse
-from fxsparse.epilogues import executed
+from fxsparse.epilogues import fused
 from fxsparse.graph_module import ConvertedModule
 from fxsparse.regions import find
 
@@ -50,7 +50,7 @@ def converted(forward: Callable[..., Tensor], size: int = 8) -> tuple[ConvertedM
 
 def regions(fast: ConvertedModule) -> list[int]:
     """Return the number of steps of each region."""
-    return [len(group.nodes) for group in find(fast, executed(fast))]
+    return [len(group.nodes) for group in find(fast, fused(fast))]
 
 
 def same(fast: ConvertedModule, x: Tensor) -> bool:

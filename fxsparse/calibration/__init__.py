@@ -28,7 +28,7 @@ from fxsparse.calibration.ranks import share
 from fxsparse.calibration.whole_model import VANILLA, Verdict, distinct, fastest, sharing_copy
 from fxsparse.errors import FxsparseError
 from fxsparse.graph_module import follow_training_flag
-from fxsparse.inputs import ExampleInputs, unchanged_state
+from fxsparse.inputs import ExampleInputs, remember, unchanged_state
 from fxsparse.plan import DEPLOYMENTS, Plan, PlanEntry, PlanKey, SitePlan
 from fxsparse.sites import META, site_of, update
 
@@ -112,6 +112,7 @@ def calibrate(
         (entry,) = share(lambda: Plan((run.entry(),)), device).entries
         recorded = recorded.merged(Plan((entry,)))
     follow(model, entry, recorded, warnings)
+    remember(model, inputs)
     return model
 
 
@@ -133,11 +134,12 @@ def follow(model: nn.Module, entry: PlanEntry, recorded: Plan, warnings: tuple[s
 
 
 def record_shapes(model: nn.Module, inputs: ExampleInputs) -> None:
-    """Run a converted model once and note the shapes at every convolution, without timing anything."""
+    """Run a converted model once and note the shapes of its inputs and at every convolution; nothing is timed."""
     with unchanged_state(model):
         found = observe(model, inputs)
     for node, seen in found.sites.items():
         update(node, input_shape=seen.input.shape, output_shape=seen.output_shape)
+    remember(model, inputs)
 
 
 @dataclasses.dataclass

@@ -61,6 +61,10 @@ def _export(model: nn.Module, inputs: ExampleInputs, *, dynamic_batch: bool) -> 
         # They assert the dtypes of the example run, which autocast and .half() change rightly.
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             module.graph.erase_node(node)
+    for node in list(module.graph.nodes):
+        # Export reads everything that the model has, which would keep the norms that are folded.
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
     # Built anew, because export's own module refuses train() and eval().
     gm = ConvertedModule(module, module.graph, type(model).__name__)
     return gm.eval()

@@ -1,17 +1,11 @@
 // Operator schemas of fxsparse, argument checks, and the CPU implementations' registration.
-#include <Python.h>
-
+// Nothing here needs Python: `torch.ops.load_library` loads the library, and so does dlopen from a C++ program.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/isa.h"
 #include "cpu/packed.h"
 #include "cpu/plan.h"
 #include "cpu_binding.h"
-
-extern "C" PyMODINIT_FUNC PyInit__C(void) {
-  static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&definition);
-}
 
 namespace fxsparse {
 namespace {

@@ -1,7 +1,5 @@
 // Registers the operators' CUDA kernels. The schemas are in bind_cpu.cpp; the library loads without a GPU,
 // and with a torch that has no CUDA.
-#include <Python.h>
-
 #include "conv2d_arguments.h"
 #include "cuda/launch.h"
 
@@ -15,11 +13,6 @@
 
 // Only libtorch_cuda.so has it. Weak, so that a CPU-only torch can still load this library.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void **);
-
-PyMODINIT_FUNC PyInit__C_cuda() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, nullptr};
-  return PyModule_Create(&definition);
-}
 
 namespace fxsparse {
 namespace {

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
+from fxsparse.arms import channels_last
 from fxsparse.demo import data, measure, pruning
 from fxsparse.demo.model import PLAN, QUICK_PLAN, Plan, SmallVgg, prunable
 from fxsparse.demo.result import (
@@ -195,7 +196,7 @@ class _Demo:
         converted: dict[int, dict[str, nn.Module]] = {batch: {} for batch in BATCHES}
         for name, (model, masks) in pairs.items():
             start = time.perf_counter()
-            fast = fxsparse.convert(measure.channels_last(model), masks, settings=settings)
+            fast = fxsparse.convert(channels_last(model), masks, settings=settings)
             for batch in BATCHES:
                 x = self.test_x[:batch].to(memory_format=torch.channels_last)
                 converted[batch][name] = fxsparse.calibrate(copy.deepcopy(fast), x, progress=terminal)
@@ -206,7 +207,7 @@ class _Demo:
         self, batch: int, dense: SmallVgg, masked: SmallVgg, converted: dict[str, nn.Module]
     ) -> dict[str, Timing]:
         x = self.test_x[:batch]
-        arms = measure.dense_arms(dense, masked, x)
+        arms = measure.arms(dense, masked, x)
         if self.options.compile:
             arm, refusal = measure.compiled_arm(masked, x)
             if arm is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxsparse.ops import reference, region
+from fxsparse.ops import reference, region, table_check
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,14 @@ SCHEMAS = {
     "region": "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]",
     "unpack": "(Tensor values, Tensor columns, Tensor panels, Tensor rows, int[] weight_shape) -> Tensor",
     "repack": "(Tensor weight, Tensor columns, Tensor panels, Tensor rows, int values) -> Tensor",
+    "validate": "(Tensor columns, Tensor panels, Tensor rows, int values, int[] weight_shape, int groups) -> ()",
 }
-_REFERENCE: dict[str, Callable[..., Tensor | list[Tensor]]] = {
+_REFERENCE: dict[str, Callable[..., Tensor | list[Tensor] | None]] = {
     "conv2d": reference.conv2d,
     "region": region.reference,
     "unpack": reference.unpack,
     "repack": reference.repack,
+    "validate": table_check.validate,
 }
 
 
@@ -49,12 +51,15 @@ class Capabilities:
         cuda: True if the CUDA kernels are loaded (they load without a GPU too).
         cpu_error: why the CPU library is not loaded, or None.
         cuda_error: why the CUDA library is not loaded, or None.
+        libraries: paths of the libraries that are loaded, the one that defines the operators first; programs without
+            Python load them in this order (see `examples/cpp`).
     """
 
     cpu: str
     cuda: bool
     cpu_error: str | None
     cuda_error: str | None
+    libraries: tuple[str, ...]
 
 
 _errors: dict[str, str | None] = {"_C": None, "_C_cuda": None}
@@ -83,8 +88,12 @@ def load() -> None:
         _fragment.impl(name, implementation, "CompositeExplicitAutograd")
 
 
+def _path(stem: str) -> Path:
+    return _HERE / f"{stem}.abi3.so"
+
+
 def _load_library(stem: str) -> str | None:
-    path = _HERE / f"{stem}.abi3.so"
+    path = _path(stem)
     if not path.exists():
         return f"{path.name} was not built"
     try:
@@ -99,10 +108,12 @@ def capabilities() -> Capabilities:
     """Tell what this installation can run, and why not where it cannot.
 
     Returns:
-        A `Capabilities`: the kernel set on CPU, whether the CUDA kernels are loaded, and the load errors if any.
+        A `Capabilities`: the kernel set on CPU, whether the CUDA kernels are loaded, the load errors if any, and the
+        paths of the libraries.
     """
     cpu = "reference" if _errors["_C"] is not None else str(torch.ops.fxsparse.cpu_isa())
-    return Capabilities(cpu, _errors["_C_cuda"] is None, _errors["_C"], _errors["_C_cuda"])
+    libraries = tuple(str(_path(stem)) for stem, error in _errors.items() if error is None)
+    return Capabilities(cpu, _errors["_C_cuda"] is None, _errors["_C"], _errors["_C_cuda"], libraries)
 
 
 def has_kernel(device: torch.device) -> bool:

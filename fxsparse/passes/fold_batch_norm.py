@@ -6,7 +6,7 @@ stay zeros: a row of the weight is only scaled.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,13 @@ from fxsparse.passes.base import PassContext, finish
 from fxsparse.sites import ConvSite
 
 _aten = torch.ops.aten
+# In a graph's meta: what was folded into what, as plain data, so that a dense checkpoint can be folded again. A list
+# of {"weight", "bias": names of the convolution's parameters now; "old_bias": whether the bias was there before;
+# "norm": {"mean", "var", "weight", "bias": names in the model as it was, or None}; "eps"}.
+FOLDED_NORMS = "fxsparse_folded_norms"
 
 
-class _Norm(NamedTuple):
+class Norm(NamedTuple):
     """A batch norm with frozen statistics, y = (x - mean) / sqrt(var + eps) * weight + bias."""
 
     mean: Tensor
@@ -30,6 +34,13 @@ class _Norm(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     eps: float
+
+
+class _Found(NamedTuple):
+    """A norm, and the names of its tensors in the graph's module, by field."""
+
+    norm: Norm
+    names: dict[str, str | None]
 
 
 def fold_batch_norm(gm: GraphModule, ctx: PassContext) -> PassResult:
@@ -45,10 +56,10 @@ def fold_batch_norm(gm: GraphModule, ctx: PassContext) -> PassResult:
         if uses[site.weight] > 1 or (site.bias is not None and uses[site.bias] > 1):
             continue  # a weight that serves several sites has one value, and their norms differ
         user = readers[0]
-        norm = _frozen_norm(gm, user)
-        if norm is None or user.all_input_nodes[0] is not node or norm.mean.numel() != site.weight_shape[0]:
+        found = _frozen_norm(gm, user)
+        if found is None or user.all_input_nodes[0] is not node or found.norm.mean.numel() != site.weight_shape[0]:
             continue
-        _fold(gm, node, site, norm)
+        _fold(gm, node, site, found)
         user.replace_all_uses_with(node)
         sites.erase_unused(gm.graph, user)
         folded += 1
@@ -72,49 +83,81 @@ def _weight_uses(gm: GraphModule) -> dict[str, int]:
     return {name: by_tensor[ids[name]] for name in uses}
 
 
-def _frozen_norm(gm: GraphModule, node: Node) -> _Norm | None:
+def folded(weight: Tensor, bias: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Return the weight and the bias, in double, of the convolution that computes another one and its norm.
+
+    Args:
+        weight: [O, C / groups, kh, kw], of the convolution.
+        bias: [O], or None where it has none.
+        norm: four tensors [O].
+    """
+    # In double, so that the fold costs one rounding and no more.
+    scale = (norm.var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    new_bias = ((0.0 if bias is None else bias.double()) - norm.mean.double()) * scale
+    if norm.bias is not None:
+        new_bias = new_bias + norm.bias.double()
+    return weight.double() * scale[:, None, None, None], new_bias
+
+
+def _frozen_norm(gm: GraphModule, node: Node) -> _Found | None:
     if node.op == "call_module":
-        module = gm.get_submodule(str(node.target))
+        path = str(node.target)
+        module = gm.get_submodule(path)
         if type(module) is not nn.BatchNorm2d or module.training or module.running_mean is None:
             return None
         assert module.running_var is not None
-        return _Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+        norm = Norm(module.running_mean, module.running_var, module.weight, module.bias, module.eps)
+        leaves = {"mean": "running_mean", "var": "running_var", "weight": "weight", "bias": "bias"}
+        return _Found(
+            norm, {key: f"{path}.{leaf}" if getattr(norm, key) is not None else None for key, leaf in leaves.items()}
+        )
     if node.op != "call_function" or node.target not in (F.batch_norm, _aten.batch_norm.default):
         return None
     normal = normalize_function(node.target, node.args, node.kwargs, normalize_to_only_use_kwargs=True)
     if normal is None or normal.kwargs.get("training", False) is not False:
         return None
-    tensors = []
+    tensors: list[Any] = []
+    names: dict[str, str | None] = {}
     for key in ("running_mean", "running_var", "weight", "bias"):
         value = normal.kwargs.get(key)
+        name = None
         if isinstance(value, Node):
             if value.op != "get_attr":
                 return None
-            value = sites.attribute(gm, str(value.target))
+            name = str(value.target)
+            value = sites.attribute(gm, name)
         tensors.append(value)
+        names[key.removeprefix("running_")] = name
     mean, var, weight, bias = tensors
     if mean is None or var is None or isinstance(normal.kwargs["eps"], Node):
         return None
-    return _Norm(mean, var, weight, bias, normal.kwargs["eps"])
+    return _Found(Norm(mean, var, weight, bias, normal.kwargs["eps"]), names)
 
 
-def _fold(gm: GraphModule, node: Node, site: ConvSite, norm: _Norm) -> None:
+def _fold(gm: GraphModule, node: Node, site: ConvSite, found: _Found) -> None:
+    norm = found.norm
     with torch.no_grad():
-        # In double, so that the fold costs one rounding and no more.
-        scale = (norm.var.double() + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight.double()
         weight = sites.attribute(gm, site.weight)
         old_bias = None if site.bias is None else sites.attribute(gm, site.bias)
-        new_bias = ((0.0 if old_bias is None else old_bias.double()) - norm.mean.double()) * scale
-        if norm.bias is not None:
-            new_bias = new_bias + norm.bias.double()
-        folded = (weight.double() * scale[:, None, None, None]).to(weight.dtype)
-        sites.set_attribute(gm, site.weight, nn.Parameter(folded, requires_grad=weight.requires_grad))
+        new_weight, new_bias = folded(weight, old_bias, norm)
+        sites.set_attribute(
+            gm, site.weight, nn.Parameter(new_weight.to(weight.dtype), requires_grad=weight.requires_grad)
+        )
         name = site.bias or site.weight.removesuffix("weight") + "bias"
         # Whoever trains the result trains the folded weight, and a bias that holds what any of these would learn.
         trained = any(t is not None and t.requires_grad for t in (weight, old_bias, norm.bias))
         sites.set_attribute(gm, name, nn.Parameter(new_bias.to(weight.dtype), requires_grad=trained))
+    gm.meta.setdefault(FOLDED_NORMS, []).append(
+        {
+            "weight": site.weight,
+            "bias": name,
+            "old_bias": site.bias is not None,
+            "norm": found.names,
+            "eps": float(norm.eps),
+        }
+    )
     with gm.graph.inserting_before(node):
         bias = gm.graph.get_attr(name)
     sites.update(node, bias=name)

@@ -6,17 +6,48 @@ convolution all give the same weight at every call. Computed once, it can be loo
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.passes.infra.pass_base import PassResult
 
 from fxsparse import sites
 from fxsparse.passes.base import PassContext, finish
 from fxsparse.passes.normalize_convs import CONV_FUNCTIONS
+
+# In a graph's meta: by name of a folded weight, how it was computed (`Computed`), to do that again from a checkpoint.
+COMPUTED_WEIGHTS = "fxsparse_computed_weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class Computed:
+    """How a weight is computed.
+
+    Attributes:
+        graph: reads parameters by `get_attr` and returns the weight.
+        kept: masks of these parameters, by name, where they were given; a new value must be masked first.
+    """
+
+    graph: Graph
+    kept: dict[str, Tensor]
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the parameters that it reads."""
+        return [str(node.target) for node in self.graph.nodes if node.op == "get_attr"]
+
+    def evaluate(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Compute the weight from other values of its parameters, by name."""
+        known: dict[Node, Any] = {n: parameters[str(n.target)] for n in self.graph.nodes if n.op == "get_attr"}
+        (result,) = self.graph.output_node().args
+        assert isinstance(result, Node)
+        weight: Tensor = _evaluate(nn.Module(), result, known)
+        return weight
 
 
 def fold_constant_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
@@ -38,6 +69,8 @@ def fold_constant_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
         trained = value.is_floating_point() and any(sites.attribute(gm, source).requires_grad for source in sources)
         owner, _, leaf = name.rpartition(".")
         gm.get_submodule(owner).register_parameter(leaf, nn.Parameter(value.clone(), requires_grad=trained))
+        kept = {s: ctx.masks[ctx.prefix + s].kept for s in sources if ctx.prefix + s in ctx.masks}
+        gm.meta.setdefault(COMPUTED_WEIGHTS, {})[name] = Computed(_expression(weight), kept)
         with gm.graph.inserting_before(weight):
             weight.replace_all_uses_with(gm.graph.get_attr(name))
         folded += 1
@@ -67,7 +100,23 @@ def _constant_value(gm: GraphModule, weight: Node, sources: list[str]) -> Tensor
     return first if isinstance(first, Tensor) and torch.equal(first, second) else None
 
 
-def _evaluate(gm: GraphModule, node: Node, known: dict[Node, Any]) -> Any:
+def _expression(weight: Node) -> Graph:
+    """Copy what computes a weight into a graph of its own."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+
+    def copied(node: Node) -> Node:
+        if node not in copies:
+            for source in node.all_input_nodes:
+                copied(source)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        return copies[node]
+
+    graph.output(copied(weight))
+    return graph
+
+
+def _evaluate(gm: nn.Module, node: Node, known: dict[Node, Any]) -> Any:
     if node not in known:
         if node.op == "get_attr":
             known[node] = sites.attribute(gm, str(node.target))

@@ -33,6 +33,8 @@ def test_the_extension_is_built_and_capabilities_say_so() -> None:
     able = fxsparse.capabilities()
     assert able.cpu in ("avx512", "avx2", "baseline")
     assert able.cpu_error is None
+    assert Path(able.libraries[0]).name == "_C.abi3.so"
+    assert all(Path(path).is_file() for path in able.libraries)
     assert library.has_kernel(torch.device("cpu"))
 
 
@@ -64,13 +66,14 @@ def test_without_the_extension_the_reference_runs_with_one_warning_that_says_how
         ours = [str(w.message) for w in seen if "fxsparse" in str(w.message)]
         able = fxsparse.capabilities()
         print(json.dumps([ours, able.cpu, able.cpu_error, able.cuda, fast.report.sparse, str(fast.report),
-                          (got - expected).abs().max().item()]))
+                          (got - expected).abs().max().item(), able.libraries]))
         """
     )
-    warned, cpu, error, cuda, sparse, report, difference = json.loads(out)
+    warned, cpu, error, cuda, sparse, report, difference, libraries = json.loads(out)
     assert len(warned) == 1
     assert "pip install --no-build-isolation ." in warned[0]
     assert (cpu, error, cuda, sparse) == ("reference", "not here", False, 1)
+    assert libraries == []
     assert "There is no compiled kernel for 'cpu' here" in report
     assert difference < 1e-5
 

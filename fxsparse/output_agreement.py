@@ -1,4 +1,4 @@
-"""Whether two models agree, and how far they may differ: the yardstick is the dense model's own rounding.
+"""Whether two whole models agree, and how far they may differ: the yardstick is the dense model's own rounding.
 
 A deep network multiplies rounding errors, by how much depends on its weights, so no fixed tolerance is
 honest. The masked dense model in the dtype at hand and the same in the next wider computation (float64 for
@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-
-from benchmarks.models import forget_caches
 
 FACTOR = 4
 FLOOR = 8
@@ -69,21 +67,33 @@ def tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def allowed_error(own_error: float, dtype: torch.dtype) -> float:
+def allowed_error(own_error: float, dtype: torch.dtype, measured_in: torch.dtype = torch.float32) -> float:
     """Return what a different order of summation explains in `dtype`.
 
     Args:
-        own_error: the dense model's float32 error against float64. Rounding grows through the layers by the
-            same factor in every dtype, so it is scaled by the dtypes' eps.
+        own_error: the dense model's error against float64. Rounding grows through the layers by the same factor in
+            every dtype, so it is scaled by the dtypes' eps.
         dtype: of the models compared.
+        measured_in: dtype in which the dense model ran for `own_error`.
     """
-    eps = torch.finfo(dtype).eps
-    return eps * (FACTOR * own_error / torch.finfo(torch.float32).eps + FLOOR)
+    return torch.finfo(dtype).eps * (FACTOR * own_error / torch.finfo(measured_in).eps + FLOOR)
 
 
-def own_error(model: nn.Module, *args: Tensor) -> tuple[Any, float]:
-    """Run a float32 model in float32 and in float64; return the float32 output and its error."""
+def own_error(model: nn.Module, *args: Any) -> tuple[Any, float]:
+    """Run a model as it is and in float64; return the first output and its error."""
     with torch.no_grad():
         output = model(*args)
-        exact = forget_caches(copy.deepcopy(model).double())(*(arg.double() for arg in args))
+        exact = forget_caches(copy.deepcopy(model).double())(*pytree.tree_map(_double, args))
     return output, largest_error(output, exact)
+
+
+def forget_caches(model: nn.Module) -> nn.Module:
+    """Make an eval-mode model compute anew what it keeps from earlier runs; return it.
+
+    Some attention layers cache a bias computed from parameters until the mode changes.
+    """
+    return model.train().eval()
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
