@@ -7,13 +7,14 @@ result is written once instead of three times.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxsparse import sites
-from fxsparse.node_kinds import SPARSE, activation_of, added, alike
+from fxsparse.node_kinds import SPARSE, activation_of, added, alike, does_nothing
 from fxsparse.writes import written_input
 
 
@@ -32,25 +33,32 @@ class Epilogue(NamedTuple):
 
 
 def fused(gm: GraphModule) -> Graph:
-    """Return the graph of a module, or a copy with the epilogues in its convolutions."""
-    epilogues = find(gm)
+    """Return the graph of a module, or a copy with the epilogues in its convolutions and without `nn.Identity`."""
+    nothing = {node: node.all_input_nodes[0] for node in gm.graph.nodes if does_nothing(gm, node)}
+    graph = _without(gm.graph, nothing) if nothing else gm.graph
+    epilogues = find(gm, graph)
     if not epilogues:
-        return gm.graph
+        return graph
     replaced = {node: conv for conv, epilogue in epilogues.items() for node in epilogue.replaced}
-    graph = empty_copy(gm.graph)
+    return _without(graph, replaced, epilogues)
+
+
+def _without(graph: Graph, replaced: Mapping[Node, Node], epilogues: Mapping[Node, Epilogue] | None = None) -> Graph:
+    """Return a copy of a graph in which some nodes' values are those of other nodes, and some have an epilogue."""
+    result = empty_copy(graph)
     copies: dict[Node, Node] = {}
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node in replaced:
             copies[node] = copies[replaced[node]]
         elif node.op == "output":
-            graph.output(map_arg(node.args[0], copies.__getitem__), node.type)
+            result.output(map_arg(node.args[0], copies.__getitem__), node.type)
         else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node in epilogues:
+            copies[node] = result.node_copy(node, copies.__getitem__)
+        if epilogues is not None and node in epilogues:
             epilogue = epilogues[node]
             addend = () if epilogue.add is None else (copies[epilogue.add],)
             copies[node].args = (*copies[node].args, epilogue.activation, *addend)
-    return graph
+    return result
 
 
 def empty_copy(graph: Graph) -> Graph:
@@ -60,9 +68,14 @@ def empty_copy(graph: Graph) -> Graph:
     return empty
 
 
-def find(gm: GraphModule) -> dict[Node, Epilogue]:
-    """Return what the sparse convolutions of a graph can do besides, by node."""
-    nodes = list(gm.graph.nodes)
+def find(gm: GraphModule, graph: Graph) -> dict[Node, Epilogue]:
+    """Return what the sparse convolutions of a graph can do besides, by node.
+
+    Args:
+        gm: owns the modules.
+        graph: of it, without nodes that do nothing.
+    """
+    nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
     found: dict[Node, Epilogue] = {}
     taken: set[Node] = set()

@@ -18,14 +18,14 @@ _aten = torch.ops.aten
 _ACTIVATIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, _aten.relu.default, _aten.relu_.default, nn.ReLU), "relu"),
     **dict.fromkeys(("relu", "relu_"), "relu"),
-    **dict.fromkeys((F.relu6, nn.ReLU6), "relu6"),
+    **dict.fromkeys((F.relu6, nn.ReLU6, _aten.relu6.default), "relu6"),
     **dict.fromkeys((F.silu, nn.SiLU, _aten.silu.default, _aten.silu_.default), "silu"),
     **dict.fromkeys((F.hardswish, nn.Hardswish, _aten.hardswish.default, _aten.hardswish_.default), "hardswish"),
 }
 _ADDITIONS = frozenset({operator.add, torch.add, "add", _aten.add.Tensor})
 _ADDITIONS_IN_PLACE = frozenset({operator.iadd, "add_", _aten.add_.Tensor})
 _MAX_POOLS = frozenset({F.max_pool2d, torch.max_pool2d, _aten.max_pool2d.default})
-_PASSING_ON = frozenset({nn.Identity, nn.Dropout, nn.Dropout2d})
+_HARDTANHS = frozenset({F.hardtanh, _aten.hardtanh.default, _aten.hardtanh_.default})
 
 
 class Window(NamedTuple):
@@ -44,8 +44,19 @@ def is_hooked(module: nn.Module) -> bool:
     return any(hooks)
 
 
+def does_nothing(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node gives its input, whatever is done to its module later: exporting drops it."""
+    if node.op != "call_module":
+        return False
+    module = gm.get_submodule(str(node.target))
+    return type(module) is nn.Identity and not is_hooked(module)
+
+
 def activation_of(gm: GraphModule, node: Node) -> str | None:
     """Return the name of the activation that a node is, as `fxsparse::conv2d` has it, or None."""
+    if node.op == "call_function" and node.target in _HARDTANHS:  # exporting makes it of nn.ReLU6
+        bounds = node.args[1:] or (node.kwargs.get("min_val"), node.kwargs.get("max_val"))
+        return "relu6" if bounds == (0, 6) else None
     if len(node.all_input_nodes) != 1 or len(node.args) > 1 or set(node.kwargs) - {"inplace", "input"}:
         return None
     if node.op != "call_module":
@@ -112,7 +123,7 @@ def _shape(gm: GraphModule, node: Node) -> tuple[int, ...] | None:
         site = sites.site_of(node)
         return None if site is None else site.output_shape
     inputs = node.all_input_nodes
-    if activation_of(gm, node) or (node.op == "call_module" and _passes_on(gm, node)):
+    if activation_of(gm, node):
         return _shape(gm, inputs[0])
     window = max_pool_of(gm, node)
     if window is not None:
@@ -122,10 +133,6 @@ def _shape(gm: GraphModule, node: Node) -> tuple[int, ...] | None:
         first, second = (_shape(gm, value) for value in inputs)
         return first if first == second else None
     return None
-
-
-def _passes_on(gm: GraphModule, node: Node) -> bool:
-    return type(gm.get_submodule(str(node.target))) in _PASSING_ON
 
 
 def _pooled(shape: tuple[int, ...], window: Window) -> tuple[int, ...]:

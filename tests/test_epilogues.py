@@ -49,7 +49,7 @@ def fused(fast: nn.Module) -> dict[str, tuple[str, str | None, int]]:
     assert isinstance(fast, ConvertedModule)
     return {
         node.meta[sites.META].name: (epilogue.activation, epilogue.add and epilogue.add.name, len(epilogue.replaced))
-        for node, epilogue in find(fast).items()
+        for node, epilogue in find(fast, fast.graph).items()
     }
 
 
@@ -69,6 +69,7 @@ def same(fast: nn.Module, x: Tensor) -> bool:
         (lambda m, x: m.a(x).relu_(), "relu"),
         (lambda m, x: m.act(m.a(x)), "relu"),
         (lambda m, x: F.relu6(m.a(x)), "relu6"),
+        (lambda m, x: F.hardtanh(m.a(x), 0.0, 6.0), "relu6"),
         (lambda m, x: F.silu(m.a(x)), "silu"),
         (lambda m, x: F.hardswish(input=m.a(x)), "hardswish"),
     ],
@@ -158,6 +159,7 @@ def _written_between(m: Block, x: Tensor) -> Tensor:
         lambda m, x: m.a(x) + m.plane(x.mean((2, 3), keepdim=True)),
         lambda m, x: m.a(x) + F.avg_pool2d(m.b(x), 3, 1, 1),
         lambda m, x: F.leaky_relu(m.a(x)),
+        lambda m, x: F.hardtanh(m.a(x), -1.0, 6.0),
         lambda m, x: F.threshold(m.a(x), 0.5, 0.0),
         lambda m, x: m.a(x).clamp_min(0),
     ],
@@ -216,6 +218,25 @@ def test_a_subclass_may_do_anything() -> None:
     assert same(fast, x)
 
 
+def test_nothing_in_between_hides_an_activation() -> None:
+    fast, x = converted(lambda m, x: torch.relu(m.act(m.a(x))), nn.Identity())
+    assert "'relu')" in fast.code
+    assert "self.act" not in fast.code
+    assert same(fast, x)
+    seen: list[Tensor] = []
+    fast.act.register_forward_hook(lambda _, __, output: seen.append(output))
+    fast.recompile()
+    fast(x)
+    assert len(seen) == 1
+
+
+def test_a_dropout_may_be_turned_on() -> None:
+    fast, x = converted(lambda m, x: torch.relu(m.act(m.a(x))), nn.Dropout(0.5))
+    before = fast(x)
+    fast.act.train()
+    assert not torch.equal(fast(x), before)
+
+
 def test_vanilla_sites_and_other_modes_have_no_epilogue() -> None:
     fast, x = converted(lambda m, x: torch.relu(m.a(x)))
     for mode in ("vanilla", "training", "test", "benchmark"):
@@ -264,4 +285,4 @@ def test_a_site_without_an_output_shape_is_told_apart() -> None:
     fast, _ = converted(lambda m, x: m.a(x) + m.b(x))
     for node, site in list(sites.conv_sites(fast)):
         node.meta[sites.META] = dataclasses.replace(site, output_shape=None)
-    assert find(fast) == {}
+    assert find(fast, fast.graph) == {}

@@ -32,6 +32,7 @@ class Net(nn.Module):
         self.c = nn.Conv2d(8, 8, 1)
         self.side = nn.Conv2d(4, 8, 1)
         self.pool = nn.MaxPool2d(2)
+        self.nothing = nn.Identity()
         self.step = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,6 +72,7 @@ def same(fast: ConvertedModule, x: Tensor) -> bool:
         # The addition of two pooled values is a step of its own, and so is its activation.
         (lambda m, x: F.relu(m.pool(m.a(x)) + m.pool(m.side(x))), [6]),
         (lambda m, x: m.b(y := m.a(x)) + m.c(y), [3]),
+        (lambda m, x: m.b(m.nothing(m.a(x))), [2]),
         # Two convolutions of one value need not depend on each other.
         (lambda m, x: m.b(m.a(x)) + m.side(x), [3]),
         # What is not known to a region ends it, for what comes behind.

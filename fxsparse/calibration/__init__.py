@@ -139,6 +139,8 @@ def record_shapes(model: nn.Module, inputs: ExampleInputs) -> None:
         found = observe(model, inputs)
     for node, seen in found.sites.items():
         update(node, input_shape=seen.input.shape, output_shape=seen.output_shape)
+    for gm in graphs(model).values():
+        gm.recompile()  # additions go into convolutions where the shapes are known
     remember(model, inputs)
 
 

@@ -40,6 +40,7 @@ _MOST_ROUNDS = 101
 _COMPILE_LIMIT_S = 600
 # Of float32, where the model does not run in float64: the worst of the 130 models of the zoos has a tenth of that.
 _OWN_ERROR = 1e-4
+_TF32_ERROR = 2.0**-11  # of one rounding to TF32; those of a sum mostly cancel out
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +133,10 @@ def _wanted(dense: nn.Module, inputs: ExampleInputs, notes: list[str]) -> _Wante
     if not all(bool(tensor.isfinite().all()) for tensor in found):
         raise FxsparseError("The dense model's output is not finite on these inputs, so there is nothing to compare.")
     dtype = found[0].dtype
+    if dtype is torch.float32 and found[0].is_cuda and torch.backends.cudnn.allow_tf32:
+        # Which convolutions use it differs from one layout to the other.
+        notes.append("cuDNN may compute float32 convolutions in TF32 (10 bits), and the outputs may differ by that.")
+        return _Wanted(output, allowed_error(_TF32_ERROR, dtype))
     try:
         own = own_error(dense, *inputs.args)[1]
     except Exception as error:  # a model with a dtype written into its code

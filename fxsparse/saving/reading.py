@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,13 @@ def load(path: str | Path, *, map_location: torch.device | str | None = None) ->
             exported = move_to_device_pass(exported, str(device))
         gm = _graph(exported, groups, state.class_name)
         _check_sparse_calls(gm)
+        state = dataclasses.replace(state, moves=_renamed(gm, state.moves), laid_aside=_renamed(gm, state.laid_aside))
         known = regroupings.from_bytes(checked.regroupings)
         _place_sites(gm, state, known)
         remember(gm, _inputs(exported, state))
         recorded = Plan.from_dict(checked.plan, f"The plan in '{path}'")
+        entries = (dataclasses.replace(entry, moves=_renamed(gm, entry.moves)) for entry in recorded.entries)
+        recorded = dataclasses.replace(recorded, entries=tuple(entries))
         _finish(gm, state, report_from_dict(checked.report), recorded)
     return gm
 
@@ -123,6 +126,12 @@ def _graph(exported: ExportedProgram, groups: list[list[str]], class_name: str) 
     for name in (name for names in groups for name in names):
         sites.set_attribute(gm, name, tensors[name])
     return gm
+
+
+def _renamed(gm: GraphModule, moves: Iterable[Move]) -> tuple[Move, ...]:
+    """Return moves of the program as moves of its graph: torch.fx renames an input that is called like a builtin."""
+    names = {str(node.target): node.name for node in gm.graph.find_nodes(op="placeholder")}
+    return tuple(dataclasses.replace(move, value=names.get(move.value, move.value)) for move in moves)
 
 
 def _tensors(gm: GraphModule) -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def test_replicas_for_data_parallel_run_on_tensors_of_their_own(rung: str) -> No
         for tensor in fast.state_dict().values():
             tensor.zero_()  # no replica reads it
         assert torch.equal(first(X), expected)
-        assert torch.equal(second(X[:2]), expected[:2])
+        torch.testing.assert_close(second(X[:2]), expected[:2], rtol=1e-5, atol=1e-6)  # sums in another order
     assert not list(first.parameters())
     assert str(first.report) == str(fast.report)
 
@@ -124,7 +124,8 @@ def test_distributed_data_parallel_serves_and_trains_as_one_process_does(tmp_pat
         alone = converted(rung)
         with torch.no_grad():
             for rank in range(2):
-                assert torch.equal(ranks[rank]["served"], alone(X[rank::2]))
+                # Another number of threads sums in another order.
+                torch.testing.assert_close(ranks[rank]["served"], alone(X[rank::2]), rtol=1e-5, atol=1e-6)
         assert torch.equal(ranks[0]["trained"], ranks[1]["trained"])
         assert all(torch.equal(tensor, ranks[1]["state"][name]) for name, tensor in ranks[0]["state"].items())
     alone = converted().train()  # no batch norm is left in it, so that two halves of a batch are the batch
