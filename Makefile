@@ -42,7 +42,8 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 # On a machine with a GPU, whatever its torch: builds in place and runs what needs the device.
 gpu-test:
 	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) setup.py -q egg_info
+	PYTHONPATH=. $(PYTHON) -m pytest -q -m gpu
 
 clean:
 	rm -rf build *.egg-info fxsparse/*.so $(VENV)

@@ -34,8 +34,9 @@ class Epilogue(NamedTuple):
 
 def fused(gm: GraphModule) -> Graph:
     """Return the graph of a module, or a copy with the epilogues in its convolutions and without `nn.Identity`."""
-    nothing = {node: node.all_input_nodes[0] for node in gm.graph.nodes if does_nothing(gm, node)}
-    graph = _without(gm.graph, nothing) if nothing else gm.graph
+    graph = gm._graph  # not `graph`, which a ConvertedModule makes of this one
+    nothing = {node: node.all_input_nodes[0] for node in graph.nodes if does_nothing(gm, node)}
+    graph = _without(graph, nothing) if nothing else graph
     epilogues = find(gm, graph)
     if not epilogues:
         return graph

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import PythonCode
 
 from fxsparse import checkpoints, layouts, regions, shared_paths, sites
@@ -34,6 +35,8 @@ HOOKS = (
 class ConvertedModule(GraphModule):
     """A graph with conv sites: `train()` puts them in the mode TRAINING, and `eval()` back to what they were in."""
 
+    _single_steps = False  # whether the code is that of the graph as it is, see `single_steps`
+
     def train(self, mode: bool = True) -> ConvertedModule:
         """Set the training mode, and with it the modes of the conv sites.
 
@@ -56,11 +59,18 @@ class ConvertedModule(GraphModule):
         fresh.__name__ = type(self).__name__
         self.__class__ = fresh
         graph = self._graph
-        self._graph = regions.executed(self)
+        self._graph = graph if self._single_steps else regions.executed(self)
         try:
             return super().recompile()
         finally:
             self._graph = graph
+
+    def _graph_to_see(self) -> Graph:
+        # torch.export runs the graph of a GraphModule instead of its code: it shall get what the code does.
+        exporting = torch.compiler.is_exporting() and not self._single_steps
+        return regions.executed(self) if exporting else self._graph
+
+    graph = property(_graph_to_see, GraphModule.graph.fset, doc="The graph, a node for every step.")  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConvertedModule:
         """Copy the graph with its hooks and plain attributes, which GraphModule drops."""
@@ -151,6 +161,18 @@ def _dense_weights(gm: GraphModule) -> list[tuple[str, Tensor]]:
     """Return the dense weights of a graph's sites, by name, where `freeze` has not dropped them."""
     own = {**dict(gm.named_parameters(remove_duplicate=False)), **dict(gm.named_buffers(remove_duplicate=False))}
     return [(name, own[name]) for name in dict.fromkeys(s.weight for _, s in sites.conv_sites(gm)) if name in own]
+
+
+@contextmanager
+def single_steps(gm: ConvertedModule) -> Iterator[None]:
+    """Let a graph run, and be exported, as it is: a node for every step, without epilogues and regions."""
+    gm._single_steps = True
+    gm.recompile()
+    try:
+        yield
+    finally:
+        del gm._single_steps
+        gm.recompile()
 
 
 def begin_training(gm: GraphModule) -> None:

@@ -8,7 +8,8 @@ PYTHON=${PYTHON:-python3}
 if [[ ${BUILD:-1} == 1 ]]; then
   "$PYTHON" setup.py build_ext --inplace
 fi
-"$PYTHON" -m pytest -q -ra --durations=5 tests/gpu tests/test_cuda_registration.py
+"$PYTHON" setup.py -q egg_info # torch.compile finds the backend by its entry point
+PYTHONPATH=. "$PYTHON" -m pytest -q -ra --durations=5 tests/gpu tests/test_cuda_registration.py
 
 if [[ ${SANITIZE:-1} == 1 ]]; then
   # Without torch's cache every tensor is an allocation of its own, so that reading past its end is seen. Only our

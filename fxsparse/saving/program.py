@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from fxsparse import calibration_mode, layouts, sites, vanilla
 from fxsparse.capture.refusal import Refusal, first_line, refuse_hooks
 from fxsparse.errors import FxsparseError
+from fxsparse.graph_module import ConvertedModule, single_steps
 from fxsparse.inputs import ExampleInputs
 from fxsparse.saving.tensors import alias, retie, tied
 
@@ -69,14 +70,14 @@ class Program:
     notes: tuple[str, ...]
 
 
-def canonical(model: GraphModule) -> GraphModule:
+def canonical(model: ConvertedModule) -> ConvertedModule:
     """Return a copy of a converted graph that shares its memory: unfrozen sites vanilla, no moves, evaluation mode.
 
     Raises:
         FxsparseError: the model has hooks, which no program holds, or tensors of a special class.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    gm: GraphModule = copy.deepcopy(model, {id(tensor): alias(tensor) for tensor in tensors})
+    gm = copy.deepcopy(model, {id(tensor): alias(tensor) for tensor in tensors})
     layouts.clear(gm)
     for node, site in list(sites.conv_sites(gm)):
         path = site.path if site.frozen else "vanilla"
@@ -95,7 +96,7 @@ def canonical(model: GraphModule) -> GraphModule:
     return gm.eval()
 
 
-def export(gm: GraphModule, inputs: ExampleInputs, device: torch.device) -> Program:
+def export(gm: ConvertedModule, inputs: ExampleInputs, device: torch.device) -> Program:
     """Export a graph in canonical form, with as many dynamic sizes as it allows.
 
     Args:
@@ -120,7 +121,7 @@ def export(gm: GraphModule, inputs: ExampleInputs, device: torch.device) -> Prog
 
 
 @contextlib.contextmanager
-def _marked(gm: GraphModule) -> Iterator[GraphModule]:
+def _marked(gm: ConvertedModule) -> Iterator[ConvertedModule]:
     """Put a mark behind every node, while inside."""
     marks = []
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
@@ -128,9 +129,9 @@ def _marked(gm: GraphModule) -> Iterator[GraphModule]:
         place = placeholders[-1] if node.op == "placeholder" else node
         with gm.graph.inserting_after(place):
             marks.append(gm.graph.call_function(_mark, (node, node.name)))
-    GraphModule.recompile(gm)  # the graph as it is, without epilogues and regions
     try:
-        yield gm
+        with single_steps(gm):
+            yield gm
     finally:
         for mark in marks:
             gm.graph.erase_node(mark)

@@ -87,4 +87,4 @@ def test_the_package_runs_in_a_fresh_process_that_has_the_operators(folder: Path
 def test_the_package_names_the_missing_operator_where_nothing_is_loaded(folder: Path) -> None:
     done = run_package(folder, "")
     assert done.returncode != 0
-    assert "Could not find schema for fxsparse::conv2d" in done.stderr
+    assert "Could not find schema for fxsparse::" in done.stderr

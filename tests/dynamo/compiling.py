@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from models import error_in_float64, masked_dense, random_masks, small_net
+from programs import sparse_calls
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -33,8 +34,7 @@ class Inner:
 
     def sparse(self) -> list[int]:
         """Return the number of sparse convolutions of each graph."""
-        op = torch.ops.fxsparse.conv2d.default
-        return [sum(node.target is op for node in gm.graph.nodes) for gm in self.graphs]
+        return [sparse_calls(gm.graph) for gm in self.graphs]
 
 
 def pruned_net(density: float = 0.05) -> nn.Module:

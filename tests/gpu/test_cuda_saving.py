@@ -87,7 +87,9 @@ def test_devices_in_the_graph_and_tied_weights_move_too(saved: str, tmp_path: Pa
     fxsparse.save(fast, tmp_path / "m.pt2")
     for device in ("cpu", "cuda"):
         loaded = fxsparse.load(tmp_path / "m.pt2", map_location=device)
-        assert loaded.first.weight is loaded.second.weight
+        assert list(loaded.state_dict()) == list(fast.state_dict())
+        # Capture by export keeps one name of the two in torch 2.11, and both later.
+        assert len({id(tensor) for name, tensor in loaded.named_parameters() if tensor.shape == (4, 8)}) == 1
         with torch.no_grad():
             got = loaded(x.to(device))
             assert got.device.type == device
