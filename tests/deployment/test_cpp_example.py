@@ -54,7 +54,7 @@ def test_the_program_says_what_is_wrong(program: Path, model: Path, tmp_path: Pa
     library = cpp_example.LIBRARIES[0]
     for arguments, says in (
         ((), "Usage: run_model FOLDER LIBRARY..."),
-        ((model,), "Could not find schema for fxsparse::conv2d"),
+        ((model,), "Could not find schema for fxsparse::"),
         ((model, tmp_path / "missing.so"), "Could not load a library"),
         ((tmp_path, library), "file open failed"),
         ((model, library, "--batch", "none"), "--batch needs a number of at least 1"),

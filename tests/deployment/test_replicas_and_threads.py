@@ -157,7 +157,7 @@ def test_a_spawned_process_serves_from_shared_memory() -> None:
         expected = fast(X)
     state = {name: tensor.detach() for name, tensor in fast.state_dict().items()}
     torch.multiprocessing.spawn(_serve_shared, (state, "symbolic", given, out), nprocs=1)
-    assert torch.equal(out, expected)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)  # another number of threads
     assert torch.equal(fast.head.bias, bias + 1)
 
 
