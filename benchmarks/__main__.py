@@ -20,6 +20,7 @@ COMMANDS = {
     "lth": "a VGG-16 lottery ticket in the paper's own blocks",
     "layers": "single convolutions, regrouped and unstructured, against the best dense kernel",
     "sizes": "bytes on disk: dense, converted and frozen",
+    "networks": "whole networks: dense, step by step, and with epilogues and regions",
     "tuner": "how often calibration changes its mind, and what its choices cost",
     "never-slower": "20 models at every density: the calibrated model must not be slower than the vanilla one",
 }
