@@ -6,10 +6,10 @@
 namespace fxsparse {
 namespace {
 
-// What a step reads and writes for the images that it takes at a time: so much stays in a small L2 cache.
-constexpr int64_t kCacheBytes = 768 * 1024;
+// What a step reads and writes for the images that it takes at a time: about an L2 cache.
+constexpr int64_t kCacheBytes = 1536 * 1024;
 // Output positions of the images taken at a time: enough to fill tiles, and to use a weight often once it is loaded.
-constexpr int64_t kPositions = 1024;
+constexpr int64_t kPositions = 4096;
 constexpr int64_t kAlignment = 64;
 
 int64_t align_up(int64_t a) { return (a + kAlignment - 1) / kAlignment * kAlignment; }
