@@ -43,6 +43,9 @@ class Group:
             return False
         if _is_sparse(gm, node):
             return not self.nodes or any(value in self.nodes or value in self.inputs for value in values)
+        written = written_input(gm, node)
+        if written is not None and len(written.users) > 1:  # the others see what is written; a step makes a new value
+            return False
         # Any other step is one on what a step gave only: that is known to be contiguous.
         return all(value in self.nodes for value in values) and _other_step(gm, node, {}) is not None
 

@@ -145,6 +145,21 @@ def test_a_write_ends_a_region() -> None:
     assert regions(fast) == [2, 2]
 
 
+def _activated_in_place(m: Net, x: Tensor) -> Tensor:
+    y = m.b(m.a(x))
+    z = F.relu(y, inplace=True)
+    return m.c(y) + z  # y is z
+
+
+@pytest.mark.parametrize("other", [_activated_in_place, lambda m, x: m.c(F.relu_(y := m.b(m.a(x)))) - y])
+def test_an_activation_in_place_is_seen_by_all_readers(other: Callable[..., Tensor]) -> None:
+    fast, x = converted(other)
+    model = fxsparse.to_dense(fast)
+    assert same(fast, x)
+    with torch.no_grad():
+        assert torch.allclose(fast(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_pooling_with_a_hook_is_called() -> None:
     fast, x = converted(lambda m, x: m.b(m.pool(m.a(x))))
     seen: list[Tensor] = []
