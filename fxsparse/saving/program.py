@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 from torch.export import Dim, ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import InputKind
 from torch.export.passes import move_to_device_pass
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.fx.experimental.symbolic_shapes import is_concrete_int, statically_known_true
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
@@ -198,16 +198,25 @@ def _notes(exported: ExportedProgram) -> tuple[str, ...]:
         if not isinstance(value, Tensor):
             notes.append(f"Saved with '{node.name}' = {value!r}: the loaded model always computes with that value.")
             continue
-        fixed = [i for i in range(value.dim()) if is_concrete_int(value.shape[i])]
-        if value.dim() > 1 and 0 in fixed:
-            notes.append(f"The saved graph serves '{node.name}' of batch size {value.shape[0]} only.")
-        if value.dim() == 4 and {2, 3} & set(fixed):
-            notes.append(f"The saved graph serves '{node.name}' of height and width {_size(value)} only.")
+        sizes = [_fixed(size) for size in value.shape]
+        if len(sizes) > 1 and sizes[0] is not None:
+            notes.append(f"The saved graph serves '{node.name}' of batch size {sizes[0]} only.")
+        if len(sizes) == 4 and sizes[2:] != [None, None]:
+            area = " x ".join("any" if size is None else str(size) for size in sizes[2:])
+            notes.append(f"The saved graph serves '{node.name}' of height and width {area} only.")
     return tuple(notes)
 
 
-def _size(value: Tensor) -> str:
-    return " x ".join(str(size) if is_concrete_int(size) else "any" for size in value.shape[2:])
+def _fixed(size: int | SymInt) -> int | None:
+    """Return the one value that a size may have, or None.
+
+    Export does not always put the number in the place of a size that its guards fix: so the guards are asked.
+    """
+    if is_concrete_int(size):
+        return int(size)
+    assert isinstance(size, SymInt)
+    hint = size.node.hint
+    return hint if hint is not None and statically_known_true(size == hint) else None
 
 
 def _training_notes(gm: GraphModule) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from models import small_net
 from round_trips import Branches, assert_runs_as, converted, round_trip
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxsparse
 from fxsparse import layouts, sites
@@ -157,6 +158,14 @@ def test_sizes_that_a_model_fixes_are_noted_and_the_others_stay_dynamic(tmp_path
     loaded = round_trip(converted(Positions(2, 8, 1, 1), (2, 3, 6, 6)), tmp_path)
     assert "'x' of batch size 2 only" in str(loaded.report)
     assert "height" not in str(loaded.report)
+
+
+def test_sizes_that_only_a_guard_fixes_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As export was seen to leave them: the guard is there, and the symbol stays in the shape.
+    monkeypatch.setattr(ShapeEnv, "_maybe_guard_rel", lambda self, expr: None)
+    loaded = round_trip(converted(Positions(1, 8, 6, 1), (1, 3, 6, 6)), tmp_path)
+    assert "'x' of height and width 6 x any only" in str(loaded.report)
+    assert "batch size" not in str(loaded.report)
 
 
 def test_torchvision_resnet18_end_to_end(tmp_path: Path) -> None:
