@@ -49,6 +49,16 @@ class Group:
         # Any other step is one on what a step gave only: that is known to be contiguous.
         return all(value in self.nodes for value in values) and _other_step(gm, node, {}) is not None
 
+    def is_followed_by(self, gm: GraphModule, node: Node) -> bool:
+        """Tell whether a node, which is no step of this group, can be the first one of the next."""
+        if _is_sparse(gm, node):
+            return True
+        if self.nodes and not self.needs(node):  # it lies beside this group, which may go on
+            return False
+        # Nothing is known of the layout of what comes from outside, so nobody else may see what is made of it.
+        alone = bool(node.users) and all(_is_sparse(gm, user) for user in node.users)
+        return alone and written_input(gm, node) is None and _other_step(gm, node, {}) is not None
+
     def add(self, node: Node) -> None:
         """Take a node."""
         self.inputs.update(dict.fromkeys(value for value in _images(node) if value not in self.nodes))
@@ -84,7 +94,7 @@ def find(gm: GraphModule, graph: Graph) -> list[Group]:
             continue
         if groups[-1].takes(gm, node):
             groups[-1].add(node)
-        elif _is_sparse(gm, node):
+        elif groups[-1].is_followed_by(gm, node):
             groups.append(Group())
             groups[-1].add(node)
         elif written_input(gm, node) is not None or not node.all_input_nodes or node.is_impure():

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 # Seconds, where no budget is given: for each convolution, for all of them at least and at most, for the whole model.
 _SITE_S, _LEAST_S, _MOST_S, _MODEL_S = 0.1, 2.0, 10.0, 2.0
 _BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s"
+# How much slower a sparse convolution may be alone, so that no region ends before it: a share of its time.
+_FOR_REGIONS = -0.3
 # Shares of a time budget; the rest goes to copies, packing and the run itself.
 _SITES_SHARE, _MODEL_SHARE = 0.55, 0.3
 _NOISY = 0.25  # distance of the quartiles over the median, of all-vanilla times
@@ -165,12 +167,10 @@ class _Run:
         bounds = _bounds(measured, found, self.device)
         environment = plans.environment(self.device)
 
-        def decided(
-            *, sparse: bool = True, moving: bool = True, by: Measurements = found, margin: float = self.margin
-        ) -> PlanEntry:
+        def decided(by: Measurements = found, margin: float = self.margin, **allowed: bool) -> PlanEntry:
             only = self.only is not None
             by_graph = [
-                decide(gm, name, by, margin, sparse=sparse, moving=moving, only=only, shown=found)
+                decide(gm, name, by, margin, only=only, shown=found, **allowed)
                 for name, gm in graphs(measured).items()
             ]
             plan_of = {node: plan for decision in by_graph for node, plan in decision.sites.items()}
@@ -186,6 +186,9 @@ class _Run:
 
         sparse_alone = decided(moving=False)
         candidates = [("sparse", whole(sparse_alone))]
+        if self.only is None and self.device.type == "cpu":  # where there are regions
+            candidates.insert(0, ("regions", decided(moving=False, regions=True)))
+            candidates.insert(1, ("long regions", decided(moving=False, regions=True, margin=_FOR_REGIONS)))
         if self.only is None:
             candidates.append(("layouts", decided(sparse=False)))
             candidates.append(("sparse and layouts", decided()))

@@ -36,6 +36,7 @@ def decide(
     *,
     sparse: bool = True,
     moving: bool = True,
+    regions: bool = False,
     only: bool = False,
     shown: Measurements | None = None,
 ) -> Decision:
@@ -45,19 +46,22 @@ def decide(
         gm: the graph, every site vanilla.
         prefix: its name in the model, for the moves.
         found: measurements of this graph's nodes.
-        margin: share by which anything must be faster than vanilla in the layout that arrives.
+        margin: share by which anything must be faster than vanilla in the layout that arrives; below 0 that by which
+            a sparse path may be slower.
         sparse: allow sparse paths.
         moving: allow vanilla paths in another layout than the captured one.
+        regions: what stands between convolutions costs nothing, as where a region runs it; its own measured times, as
+            calls of their own, would have a slow pooling change its layout and so part one region into two.
         only: not all sites were measured: nothing around those that were may change.
         shown: where the times in the result come from, if not from `found`.
     """
-    allowed = _candidates(gm, found, sparse=sparse)
+    allowed = _candidates(gm, found, margin, sparse=sparse)
     if not moving:
         for node, candidates in allowed.items():
             default = found.sites[node].default
             allowed[node] = [c for c in candidates if c.path == "sparse" or c == default]
     if found.layouts[gm].ok and not only:
-        chosen, moves = _jointly(gm, prefix, found, allowed, margin)
+        chosen, moves = _jointly(gm, prefix, found, allowed, margin, regions)
     else:
         chosen, moves = _one_by_one(prefix, found, allowed, margin)
     plans = {}
@@ -72,7 +76,7 @@ def decide(
     return Decision(plans, (*moves, *sorted(weights, key=lambda move: move.value)))
 
 
-def _candidates(gm: GraphModule, found: Measurements, *, sparse: bool) -> dict[Node, list[Candidate]]:
+def _candidates(gm: GraphModule, found: Measurements, margin: float, *, sparse: bool) -> dict[Node, list[Candidate]]:
     """Return what may be chosen at each site.
 
     Sites that share a packed weight share the packing, and a dense weight that serves several keeps its layout.
@@ -100,7 +104,7 @@ def _candidates(gm: GraphModule, found: Measurements, *, sparse: bool) -> dict[N
                 candidate.path == "sparse"
                 and sparse
                 and candidate.packing == packing
-                and found.sites[node].beyond_noise(candidate)
+                and (margin < 0 or found.sites[node].beyond_noise(candidate))
             )
         ]
     return allowed
@@ -132,7 +136,12 @@ def _one_by_one(
 
 
 def _jointly(
-    gm: GraphModule, prefix: str, found: Measurements, allowed: dict[Node, list[Candidate]], margin: float
+    gm: GraphModule,
+    prefix: str,
+    found: Measurements,
+    allowed: dict[Node, list[Candidate]],
+    margin: float,
+    regions: bool,
 ) -> tuple[dict[Node, Candidate], tuple[Move, ...]]:
     of_site = {node: sites.input_node(node) for node in allowed}
     pads = {node.args[0] for node, source in of_site.items() if node.args[0] is not source}
@@ -144,7 +153,7 @@ def _jointly(
         else:
             inputs = [of_site[node]] if node in of_site else node.all_input_nodes
         read = tuple(dict.fromkeys(value for value in inputs if value in layout_of))
-        options = _options(gm, node, read, found, allowed, layout_of, margin)
+        options = _options(gm, node, read, found, allowed, layout_of, margin, regions)
         steps += _steps(node, read, options, layout_of)
     for node in gm.graph.nodes:
         if node.op == "output":
@@ -181,6 +190,7 @@ def _options(
     allowed: dict[Node, list[Candidate]],
     layout_of: dict[Node, str],
     margin: float,
+    regions: bool,
 ) -> tuple[Option, ...] | None:
     """Return the ways to run a node, or None where it is opaque."""
     if node in allowed:
@@ -196,7 +206,7 @@ def _options(
         return None
     if any(_is_map(gm, value) for value in node.all_input_nodes):
         return None
-    times = _times(found.others.get(node))
+    times = _times(None if regions else found.others.get(node))
     return tuple(Option(layout, layout, times[layout]) for layout in MEMORY_FORMATS)
 
 
@@ -287,11 +297,13 @@ def _reason(
 ) -> str:
     if sparse is None:
         return site.reason
+    ms = measured.ms
+    if chosen.path == "sparse" and ms[chosen] > ms[vanilla]:
+        return "slower alone, but one call with the convolutions around it"
     if chosen.path == "sparse":
         return "measured" if chosen.packing == "blocks" else "measured; every weight in rows beats blocks and residual"
-    ms = measured.ms
     if ms[sparse] * (1 + margin) >= ms[vanilla]:
-        return f"sparse does not win by {margin:.0%}"
+        return f"sparse does not win by {margin:.0%}" if margin >= 0 else f"sparse is slower by more than {-margin:.0%}"
     if not measured.beyond_noise(sparse):
         return "sparse wins, but within the noise of the measurement"
     return "sparse wins alone, but not with the changes of memory layout that it brings"

@@ -4,6 +4,7 @@
 #include "cpu/plan.h"
 #include "cpu/residual_kernel.h"
 #include "cpu/store_tile.h"
+#include "cpu/wide_kernel.h"
 
 namespace fxsparse::FXSPARSE_ISA {
 
@@ -57,10 +58,18 @@ inline Tile find_tile(const Conv &conv, int64_t rows, int64_t tile) {
           conv.out_width * (piece + 1) / conv.pieces};
 }
 
-// The block kernel on tiles [band.first, band.last). Row r begins at outputs[lane] + row_output[r] - origin.
+// Where `run_block` and `run_wide` put what they compute: row r begins at outputs[lane] + row_output[r] - origin.
+template <class D> struct Destination {
+  D *const *outputs;
+  const D *const *adds; // null, or what is added; a lane's is null where its output is
+  const int64_t *row_output;
+  int64_t origin;
+  Activation activation;
+};
+
+// The block kernel on tiles [band.first, band.last).
 template <class D, class T, class A>
-void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t rows, D *const *outputs,
-               const D *const *adds, const int64_t *row_output, int64_t origin, Activation activation) {
+void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t rows, const Destination<D> &to) {
   constexpr int lanes = kLanes<A>;
   alignas(kVectorBytes) A tile[kTileElements<A>];
   for (int64_t first_lane = 0; first_lane < unit.lanes; first_lane += kMaxVectors * lanes) {
@@ -84,7 +93,7 @@ void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t 
         if (h >= valid)
           continue;
         const int begin = h * int(width), end = begin + int(width);
-        const int64_t output = row_output[row] - origin + at.first_x - begin;
+        const int64_t output = to.row_output[row] - to.origin + at.first_x - begin;
         Segment *previous = shape.segments + shape.num_segments - 1;
         if (h > 0 && previous->output == output)
           previous->end = end;
@@ -93,10 +102,60 @@ void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t 
       }
       kBlockKernels<A>.table[vectors - 1][width][height](x, unit.offsets, weights, unit.columns, unit.bias + first_lane,
                                                          tile);
-      store_tile<D, A>(tile, vectors * lanes, shape, outputs + first_lane, adds ? adds + first_lane : nullptr,
-                       activation);
+      store_tile<D, A>(tile, vectors * lanes, shape, to.outputs + first_lane, to.adds ? to.adds + first_lane : nullptr,
+                       to.activation);
     }
   }
+}
+
+// One tile of the wide kernel for all rows of the unit.
+template <class D, class T, class A>
+void run_stretches(const UnitRows<T, A> &unit, int count, const A *const *positions, const Stretch *stretches,
+                   const Destination<D> &to) {
+  constexpr int N = kLanes<A>;
+  alignas(kVectorBytes) A tile[kWideRows * kWideVectors * N];
+  for (int64_t lane = 0; lane < unit.lanes; lane += kWideRows) {
+    kWideKernels<A>[count](positions, unit.offsets, unit.weights[lane / kPanelLanes] + lane % kPanelLanes, unit.columns,
+                           unit.bias + lane, tile);
+    for (int r = 0; r < kWideRows; ++r) {
+      D *output = to.outputs[lane + r];
+      if (output == nullptr)
+        continue;
+      const D *add = to.adds ? to.adds[lane + r] : nullptr;
+      for (int v = 0; v < count; ++v) {
+        const Stretch &at = stretches[v];
+        Vec<A> sum = load(tile + (r * count + v) * N);
+        if (add != nullptr)
+          sum += load_lanes(add + at.output, at.begin, at.end);
+        store_lanes(output + at.output, activate<A>(sum, to.activation), at.begin, at.end);
+      }
+    }
+  }
+}
+
+// The wide kernel on the positions from `begin` to `end`, as `run_block` does it.
+template <class D, class T, class A>
+void run_wide(const Conv &conv, const UnitRows<T, A> &unit, const Tile &begin, const Tile &end,
+              const Destination<D> &to) {
+  constexpr int N = kLanes<A>;
+  const A *positions[kWideVectors];
+  Stretch stretches[kWideVectors];
+  int count = 0;
+  for (int64_t row = begin.first_row; row < end.last_row; ++row) {
+    const int64_t last_x = row == end.last_row - 1 ? end.last_x : conv.out_width;
+    for (int64_t x = row == begin.first_row ? begin.first_x : 0; x < last_x; x += N) {
+      // In place, nothing past the input may be read: its last vector begins earlier.
+      const int64_t first = conv.in_place ? minimum(x, conv.out_width - N) : x;
+      positions[count] = unit.cells + conv.row_cell[row] + first;
+      stretches[count++] = {int(x - first), int(minimum(last_x - first, N)), to.row_output[row] - to.origin + first};
+      if (count == kWideVectors) {
+        run_stretches(unit, count, positions, stretches, to);
+        count = 0;
+      }
+    }
+  }
+  if (count > 0)
+    run_stretches(unit, count, positions, stretches, to);
 }
 
 // The results of one band: cells [first, first + count) of the canonical input, of which [begin, end) are outputs. Each
@@ -158,14 +217,14 @@ void run_unit(const Conv &conv, const Unit &unit_panels, Band band, int64_t imag
               const void *add, void *results) {
   UnitRows<T, A> unit;
   find_rows(conv, unit_panels, (const A *)cells, (T *)output, (const T *)add, unit);
-  const Activation activation = conv.shape.activation;
   const int64_t rows = images * conv.out_height;
+  const Tile begin = find_tile(conv, rows, band.first), end = find_tile(conv, rows, band.last - 1);
+  const bool wide = wide_is_faster<A>(conv.out_width, unit.columns);
   if (!unit.has_residual && unit.columns > 0) {
-    run_block<T>(conv, unit, band, rows, unit.outputs, add ? unit.adds : nullptr, conv.row_output, 0, activation);
-    return;
+    const Destination<T> to = {unit.outputs, add ? unit.adds : nullptr, conv.row_output, 0, conv.shape.activation};
+    return wide ? run_wide(conv, unit, begin, end, to) : run_block(conv, unit, band, rows, to);
   }
   // The block part of the band waits here, as rows of cells, for the residual part.
-  const Tile begin = find_tile(conv, rows, band.first), end = find_tile(conv, rows, band.last - 1);
   BandResults<A> waiting = {};
   waiting.results = (A *)results;
   waiting.begin = conv.row_cell[begin.first_row] + begin.first_x;
@@ -177,8 +236,8 @@ void run_unit(const Conv &conv, const Unit &unit_panels, Band band, int64_t imag
     A *outputs[kMaxUnitLanes];
     for (int64_t lane = 0; lane < unit.lanes; ++lane)
       outputs[lane] = unit.outputs[lane] ? waiting.results + lane * waiting.stride : nullptr;
-    run_block<A>(conv, unit, band, rows, outputs, (const A *const *)nullptr, conv.row_cell, waiting.first,
-                 Activation::kNone);
+    const Destination<A> to = {outputs, nullptr, conv.row_cell, waiting.first, Activation::kNone};
+    wide ? run_wide(conv, unit, begin, end, to) : run_block(conv, unit, band, rows, to);
   }
   run_residual(conv, unit, waiting);
   if (!conv.in_place)
