@@ -5,6 +5,7 @@
 // positions on, wherever the inputs lie in L1 or L2. Nothing is gathered and no lane idles on narrow planes.
 #pragma once
 
+#include "cpu/plan.h"
 #include "cpu/simd.h"
 
 namespace fxsparse::FXSPARSE_ISA {
@@ -12,6 +13,9 @@ namespace fxsparse::FXSPARSE_ISA {
 constexpr int kMaxVectors = 2;    // NV
 constexpr int kMaxTileHeight = 7; // PH
 constexpr int kMaxPositions = (kVectorRegisters - kMaxVectors - 2) / kMaxVectors;
+
+// Smaller tiles have no time to prefetch.
+constexpr int kPrefetchedPositions = 12;
 
 // rows[h]: cells of the tile's row h; offsets[k]: column k's offset in cells; weights[v]: vector v at column 0, the
 // next column kPanelLanes elements on; initial[v]: what vector v starts from; tile: [v][h * PW + j][lane].
@@ -42,6 +46,14 @@ void block_kernel(const A *const *rows, const uint32_t *offsets, const A *const 
 #pragma GCC unroll 4
     for (int u = 0; u < KU; ++u) {
       const uint64_t offset = offsets[k + u];
+      // Columns lie anywhere in a buffer of the size of L2, where no prefetcher of the hardware finds them.
+      if (P >= kPrefetchedPositions)
+#pragma GCC unroll 7
+        for (int h = 0; h < PH; ++h) {
+          const A *ahead = x[h] + uint64_t(offsets[k + u + kColumnsAhead]);
+          __builtin_prefetch(ahead);
+          __builtin_prefetch(ahead + PW - 1);
+        }
       Vec<A> weight[NV];
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)

@@ -11,15 +11,11 @@ namespace {
 // Fewer columns than this are decoded by the calling thread.
 constexpr int64_t kSerialColumns = 8192;
 
-// One run_conv call, shared by its workers.
+// One phase of a run.
 struct Call {
-  Conv &conv;
-  const PackedWeight &weight;
+  const Conv &conv;
   const ConvTensors &tensors;
-  char *scratch;
-  const int64_t *unit_middles; // cost of all units before, plus half of the unit's own
-  int64_t cost;                // of all units
-  int64_t first_image;         // of the group that the workers share
+  char *working;
 
   const void *image(const void *tensor, int64_t channels, int64_t plane, int64_t n) const {
     return tensor ? static_cast<const char *>(tensor) + n * channels * plane * conv.element_bytes : nullptr;
@@ -27,24 +23,24 @@ struct Call {
   const void *input(int64_t n) const {
     return image(tensors.input, conv.shape.channels, conv.shape.height * conv.shape.width, n);
   }
+  char *buffer(int64_t worker) const { return working + conv.at_buffers + worker * conv.worker_buffer_bytes; }
   void run(const Unit &unit, Band band, int64_t images, int64_t n, const void *cells, int64_t worker) const {
     const int64_t plane = conv.shape.out_height * conv.shape.out_width;
     conv.kernels->run(conv, unit, band, images, cells,
                       const_cast<void *>(image(tensors.output, conv.shape.out_channels, plane, n)),
                       image(tensors.add, conv.shape.out_channels, plane, n),
-                      scratch + conv.at_results + worker * conv.worker_result_bytes);
+                      working + conv.at_results + worker * conv.worker_result_bytes);
   }
 };
 
-void fill_tables(Call &call) {
-  Conv &c = call.conv;
-  auto *taps = reinterpret_cast<uint32_t *>(call.scratch + c.at_taps);
+void fill_tables(Conv &c, char *memory) {
+  auto *taps = reinterpret_cast<uint32_t *>(memory + c.at_taps);
   const int64_t slot = c.group_images * c.plane;
   for (int64_t r = 0; r < c.shape.kernel[0]; ++r)
     for (int64_t s = 0; s < c.shape.kernel[1]; ++s)
       *taps++ = uint32_t((r % c.y.period * c.x.slots + s % c.x.period) * slot +
                          r * c.y.dilation / c.y.stride * c.x.cells + s * c.x.dilation / c.x.stride);
-  auto *cells = reinterpret_cast<int64_t *>(call.scratch + c.at_rows);
+  auto *cells = reinterpret_cast<int64_t *>(memory + c.at_rows);
   int64_t *outputs = cells + c.group_images * c.out_height;
   c.row_cell = cells;
   c.row_output = outputs;
@@ -58,15 +54,14 @@ void fill_tables(Call &call) {
 // In sixteenths of a block column's time for one panel: measured, and only their ratios matter.
 constexpr int64_t kColumnCost = 16, kStoreCost = 192, kResidualCost = 4;
 
-void find_units(Call &call) {
-  Conv &c = call.conv;
-  auto *units = reinterpret_cast<Unit *>(call.scratch + c.at_units);
-  auto *middles = reinterpret_cast<int64_t *>(call.scratch + c.at_costs);
+void find_units(Conv &c, int64_t num_panels, char *memory) {
+  auto *units = reinterpret_cast<Unit *>(memory + c.at_units);
+  auto *middles = reinterpret_cast<int64_t *>(memory + c.at_costs);
   int64_t cost = 0;
-  for (int64_t p = 0; p < call.weight.num_panels; ++c.num_units) {
+  for (int64_t p = 0; p < num_panels; ++c.num_units) {
     const int64_t *panel = c.panels + p * kPanelFields;
     int64_t panels = 1;
-    while (panels < c.kernels->unit_panels && p + panels < call.weight.num_panels) {
+    while (panels < c.kernels->unit_panels && p + panels < num_panels) {
       const int64_t *next = panel + panels * kPanelFields;
       if (next[kFirstColumn] != panel[kFirstColumn] || next[kColumnCount] != panel[kColumnCount] ||
           next[kFirstChannel] != panel[kFirstChannel])
@@ -83,20 +78,8 @@ void find_units(Call &call) {
     p += panels;
   }
   c.units = units;
-  call.unit_middles = middles;
-  call.cost = cost;
-}
-
-// Share `worker` of the work that comes before the first group: column offsets, and weights in the accumulators' type.
-void decode(Call &call, int64_t worker, int64_t workers) {
-  Conv &c = call.conv;
-  const auto *taps = reinterpret_cast<const uint32_t *>(call.scratch + c.at_taps);
-  auto *offsets = reinterpret_cast<uint32_t *>(call.scratch + c.at_offsets);
-  c.kernels->decode(c, call.weight.columns, taps, call.weight.num_columns * worker / workers,
-                    call.weight.num_columns * (worker + 1) / workers, offsets);
-  if (c.kernels->widen)
-    c.kernels->widen(call.weight.values, call.weight.num_values * worker / workers,
-                     call.weight.num_values * (worker + 1) / workers, call.scratch + c.at_values);
+  c.unit_middles = middles;
+  c.cost = cost;
 }
 
 Band nth_band(Band tiles, int64_t band, int64_t bands) {
@@ -118,7 +101,7 @@ void run_bands(const Call &call, Band tiles, int64_t images, int64_t n, const vo
 void run_images(const Call &call, int64_t worker) {
   const Conv &c = call.conv;
   const int64_t last = c.shape.batch * (worker + 1) / c.workers;
-  void *buffer = call.scratch + c.at_buffers + worker * c.worker_buffer_bytes;
+  void *buffer = call.buffer(worker);
   for (int64_t n = c.shape.batch * worker / c.workers; n < last; n += c.group_images) {
     const int64_t images = std::min(c.group_images, last - n);
     const void *cells = call.input(n);
@@ -134,7 +117,7 @@ void run_images(const Call &call, int64_t worker) {
 void run_windows(const Call &call, int64_t worker) {
   const Conv &c = call.conv;
   const int64_t total = c.shape.batch * c.windows;
-  char *buffer = call.scratch + c.at_buffers + worker * c.worker_buffer_bytes;
+  char *buffer = call.buffer(worker);
   const int64_t cell_bytes = c.shape.dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float);
   for (int64_t i = total * worker / c.workers; i < total * (worker + 1) / c.workers; ++i) {
     const int64_t n = i / c.windows, window = i % c.windows;
@@ -146,21 +129,40 @@ void run_windows(const Call &call, int64_t worker) {
   }
 }
 
-// A worker's share of one group: consecutive (band, unit) pairs of about equal cost.
-void run_share(const Call &call, int64_t worker) {
+// The group of images that all workers share.
+struct Group {
+  int64_t first, images;
+};
+
+Group nth_group(const Conv &c, int64_t group) {
+  const int64_t first = group * c.group_images;
+  return {first, std::min(c.group_images, c.shape.batch - first)};
+}
+
+bool shares_gather(const Conv &c) { return c.schedule == Schedule::kShared && !c.in_place; }
+
+// A worker's share of the channels of a group.
+void gather_share(const Call &call, Group group, int64_t worker) {
   const Conv &c = call.conv;
-  const int64_t images = std::min(c.group_images, c.shape.batch - call.first_image);
-  const void *cells = c.in_place ? call.input(call.first_image) : call.scratch + c.at_buffers;
-  const int64_t total = c.bands * call.cost;
+  const int64_t channels = c.shape.channels;
+  c.kernels->gather(c, call.input(group.first), group.images, channels * worker / c.workers,
+                    channels * (worker + 1) / c.workers, 0, call.buffer(0));
+}
+
+// A worker's share of a group: consecutive (band, unit) pairs of about equal cost.
+void run_share(const Call &call, Group group, int64_t worker) {
+  const Conv &c = call.conv;
+  const void *cells = c.in_place ? call.input(group.first) : call.buffer(0);
+  const int64_t total = c.bands * c.cost;
   const int64_t first = total * worker / c.workers, last = total * (worker + 1) / c.workers;
-  for (int64_t b = first / call.cost; b < c.bands && b * call.cost < last; ++b) {
-    const Band band = nth_band({0, group_tiles(c, images)}, b, c.bands);
+  for (int64_t b = first / c.cost; b < c.bands && b * c.cost < last; ++b) {
+    const Band band = nth_band({0, group_tiles(c, group.images)}, b, c.bands);
     if (band.first == band.last)
       continue;
-    const int64_t *end = call.unit_middles + c.num_units;
-    const int64_t *middle = std::lower_bound(call.unit_middles, end, first - b * call.cost);
-    for (; middle < end && *middle + b * call.cost < last; ++middle)
-      call.run(c.units[middle - call.unit_middles], band, images, call.first_image, cells, worker);
+    const int64_t *end = c.unit_middles + c.num_units;
+    const int64_t *middle = std::lower_bound(c.unit_middles, end, first - b * c.cost);
+    for (; middle < end && *middle + b * c.cost < last; ++middle)
+      call.run(c.units[middle - c.unit_middles], band, group.images, group.first, cells, worker);
   }
 }
 
@@ -172,38 +174,59 @@ template <class Body> void for_each_worker(ParallelFor parallel, int64_t workers
 
 } // namespace
 
-void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *scratch, ParallelFor parallel) {
+void prepare_conv(Conv &plan, const PackedWeight &weight, const void *bias, void *memory) {
+  auto *at = static_cast<char *>(memory);
   plan.panels = weight.panels;
   plan.rows = weight.rows;
-  plan.bias = tensors.bias;
-  Call call = {plan, weight, tensors, static_cast<char *>(scratch), nullptr, 0, 0};
-  plan.offsets = reinterpret_cast<const uint32_t *>(call.scratch + plan.at_offsets);
-  plan.values = plan.kernels->widen ? call.scratch + plan.at_values : weight.values;
-  fill_tables(call);
-  find_units(call);
-  const int64_t columns = std::max(weight.num_columns, plan.kernels->widen ? weight.num_values : 0);
-  const bool shares_gather = plan.schedule == Schedule::kShared && !plan.in_place;
-  if (columns <= kSerialColumns)
-    decode(call, 0, 1);
-  else if (!shares_gather)
-    for_each_worker(parallel, plan.workers, [&](int64_t worker) { decode(call, worker, plan.workers); });
-  if (plan.schedule != Schedule::kShared) {
-    const auto run = plan.schedule == Schedule::kImages ? run_images : run_windows;
-    for_each_worker(parallel, plan.workers, [&](int64_t worker) { run(call, worker); });
-    return;
-  }
-  const int64_t channels = plan.shape.channels;
-  for (; call.first_image < plan.shape.batch; call.first_image += plan.group_images) {
-    if (shares_gather)
-      for_each_worker(parallel, plan.workers, [&](int64_t worker) {
-        if (call.first_image == 0 && columns > kSerialColumns)
-          decode(call, worker, plan.workers);
-        const int64_t images = std::min(plan.group_images, plan.shape.batch - call.first_image);
-        plan.kernels->gather(plan, call.input(call.first_image), images, channels * worker / plan.workers,
-                             channels * (worker + 1) / plan.workers, 0, call.scratch + plan.at_buffers);
-      });
-    for_each_worker(parallel, plan.workers, [&](int64_t worker) { run_share(call, worker); });
-  }
+  plan.bias = bias;
+  plan.offsets = reinterpret_cast<const uint32_t *>(at + plan.at_offsets);
+  plan.values = plan.kernels->widen ? at + plan.at_values : weight.values;
+  fill_tables(plan, at);
+  find_units(plan, weight.num_panels, at);
+  auto *offsets = reinterpret_cast<uint32_t *>(at + plan.at_offsets);
+  std::fill_n(offsets + weight.num_columns, kColumnsAhead, 0);
+}
+
+void decode_conv(const Conv &plan, const PackedWeight &weight, void *memory, int64_t worker, int64_t workers) {
+  auto *at = static_cast<char *>(memory);
+  const auto *taps = reinterpret_cast<const uint32_t *>(at + plan.at_taps);
+  plan.kernels->decode(plan, weight.columns, taps, weight.num_columns * worker / workers,
+                       weight.num_columns * (worker + 1) / workers, reinterpret_cast<uint32_t *>(at + plan.at_offsets));
+  if (plan.kernels->widen)
+    plan.kernels->widen(weight.values, weight.num_values * worker / workers, weight.num_values * (worker + 1) / workers,
+                        at + plan.at_values);
+}
+
+int64_t conv_phases(const Conv &plan) {
+  if (plan.schedule != Schedule::kShared)
+    return 1;
+  const int64_t groups = (plan.shape.batch + plan.group_images - 1) / plan.group_images;
+  return groups * (shares_gather(plan) ? 2 : 1);
+}
+
+void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working, int64_t phase, int64_t worker) {
+  const Call call = {plan, tensors, static_cast<char *>(working)};
+  if (plan.schedule == Schedule::kImages)
+    run_images(call, worker);
+  else if (plan.schedule == Schedule::kWindows)
+    run_windows(call, worker);
+  else if (!shares_gather(plan))
+    run_share(call, nth_group(plan, phase), worker);
+  else if (phase % 2 == 0)
+    gather_share(call, nth_group(plan, phase / 2), worker);
+  else
+    run_share(call, nth_group(plan, phase / 2), worker);
+}
+
+void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *memory, ParallelFor parallel) {
+  prepare_conv(plan, weight, tensors.bias, memory);
+  const int64_t entries = std::max(weight.num_columns, plan.kernels->widen ? weight.num_values : 0);
+  const int64_t decoders = entries <= kSerialColumns ? 1 : plan.workers;
+  for_each_worker(parallel, decoders, [&](int64_t w) { decode_conv(plan, weight, memory, w, decoders); });
+  void *working = static_cast<char *>(memory) + plan.prepared_bytes;
+  for (int64_t phase = 0; phase < conv_phases(plan); ++phase)
+    for_each_worker(parallel, plan.workers,
+                    [&](int64_t w) { run_conv_phase(plan, tensors, working, phase, w); });
 }
 
 } // namespace fxsparse

@@ -36,10 +36,23 @@ using ParallelFor = void (*)(int64_t workers, void (*body)(int64_t worker, void 
 
 struct Conv;
 
-// Fills `plan` and returns the bytes of scratch that run_conv needs (at most one allocation by the caller), or -1
+// Fills `plan` and returns the bytes of memory that run_conv needs (at most one allocation by the caller), or -1
 // if one image has more elements than the kernels' 32-bit offsets reach.
 int64_t plan_conv(const ConvShape &shape, const PackedWeight &weight, int64_t threads, Conv &plan);
 
-void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *scratch, ParallelFor parallel);
+// Runs a convolution as planned: the three below, one after the other.
+void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *memory, ParallelFor parallel);
+
+// Writes the tables of a convolution, which serve any number of runs, into memory of plan.prepared_bytes.
+void prepare_conv(Conv &plan, const PackedWeight &weight, const void *bias, void *memory);
+
+// Share `worker` of the larger ones: column offsets, and weights in the accumulators' type.
+void decode_conv(const Conv &plan, const PackedWeight &weight, void *memory, int64_t worker, int64_t workers);
+
+// A run is so many phases: none begins before all the plan's workers have ended the one before.
+int64_t conv_phases(const Conv &plan);
+
+// Share `worker` of a phase. `working`: memory of plan.working_bytes, the same for all phases.
+void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working, int64_t phase, int64_t worker);
 
 } // namespace fxsparse

@@ -143,25 +143,31 @@ void plan_bands(const ConvShape &s, Conv &c) {
       kPanelLanes * c.kernels->unit_panels * (std::max(band_cells(c, ceil_div(tiles, c.bands)), lanes) + 2 * lanes);
 }
 
-int64_t plan_scratch(const ConvShape &s, const PackedWeight &w, Conv &c) {
+// Memory that is handed out piece by piece.
+struct Pieces {
   int64_t bytes = 0;
-  const auto take = [&bytes](int64_t size) {
+  int64_t take(int64_t size) {
     const int64_t at = bytes;
     bytes += align_up(size);
     return at;
-  };
+  }
+};
+
+void plan_memory(const ConvShape &s, const PackedWeight &w, Conv &c) {
   const int64_t accumulator = accumulator_bytes(s.dtype);
-  c.at_offsets = take(w.num_columns * int64_t(sizeof(uint32_t)));
-  c.at_taps = take(s.kernel[0] * s.kernel[1] * int64_t(sizeof(uint32_t)));
-  c.at_rows = take(2 * c.group_images * c.out_height * int64_t(sizeof(int64_t)));
-  c.at_units = take(w.num_panels * int64_t(sizeof(Unit)));
-  c.at_costs = take((w.num_panels + 1) * int64_t(sizeof(int64_t)));
-  c.at_values = take(c.kernels->widen ? w.num_values * accumulator : 0);
+  Pieces prepared, working;
+  c.at_offsets = prepared.take((w.num_columns + kColumnsAhead) * int64_t(sizeof(uint32_t)));
+  c.at_taps = prepared.take(s.kernel[0] * s.kernel[1] * int64_t(sizeof(uint32_t)));
+  c.at_rows = prepared.take(2 * c.group_images * c.out_height * int64_t(sizeof(int64_t)));
+  c.at_units = prepared.take(w.num_panels * int64_t(sizeof(Unit)));
+  c.at_costs = prepared.take((w.num_panels + 1) * int64_t(sizeof(int64_t)));
+  c.at_values = prepared.take(c.kernels->widen ? w.num_values * accumulator : 0);
+  c.prepared_bytes = prepared.bytes;
   c.worker_result_bytes = align_up(c.scratch_elements * accumulator);
-  c.at_results = take(c.worker_result_bytes * c.workers);
+  c.at_results = working.take(c.worker_result_bytes * c.workers);
   c.worker_buffer_bytes = align_up(c.buffer_elements * accumulator);
-  c.at_buffers = take(c.worker_buffer_bytes * (c.schedule == Schedule::kShared ? 1 : c.workers));
-  return bytes + kAlignment;
+  c.at_buffers = working.take(c.worker_buffer_bytes * (c.schedule == Schedule::kShared ? 1 : c.workers));
+  c.working_bytes = working.bytes;
 }
 
 } // namespace
@@ -198,7 +204,8 @@ int64_t plan_conv(const ConvShape &shape, const PackedWeight &weight, int64_t th
   plan_bands(shape, plan);
   if (shape.channels * plan.channel_stride >= kMaxOffset)
     return -1;
-  return plan_scratch(shape, weight, plan);
+  plan_memory(shape, weight, plan);
+  return plan.prepared_bytes + plan.working_bytes + kAlignment;
 }
 
 } // namespace fxsparse

@@ -52,18 +52,23 @@ struct Conv {
   int64_t bands;            // of a group or a window
   int64_t scratch_elements; // per worker, for results that wait for residual weights
   bool has_residual;
-  // Offsets into the scratch, in bytes.
-  int64_t at_offsets, at_taps, at_rows, at_units, at_costs, at_values, at_buffers, at_results, worker_buffer_bytes,
-      worker_result_bytes;
-  // Set by run_conv.
+  // Tables, and what a run works in: sizes and offsets in bytes.
+  int64_t prepared_bytes, at_offsets, at_taps, at_rows, at_units, at_costs, at_values;
+  int64_t working_bytes, at_buffers, at_results, worker_buffer_bytes, worker_result_bytes;
+  // Set by prepare_conv.
   const uint32_t *offsets;   // per entry of `columns`: where its cells begin
   const int64_t *row_cell;   // per valid row: its first cell
   const int64_t *row_output; // per valid row: its first element in the output
   const Unit *units;
+  const int64_t *unit_middles; // cost of all units before, plus half of the unit's own
+  int64_t cost;                // of all units
   const int64_t *panels, *rows;
   const void *values; // in the type of the accumulators
   const void *bias;
 };
+
+// The kernels look so many columns ahead.
+constexpr int64_t kColumnsAhead = 4;
 
 // Tiles [first, last) of the group.
 struct Band {

@@ -2,6 +2,9 @@
 #include "cpu/region.h"
 
 #include <algorithm>
+#include <cstring>
+
+#include "cpu/team.h"
 
 namespace fxsparse {
 namespace {
@@ -48,81 +51,111 @@ void choose_images(Region &r) {
   }
 }
 
+// Where a value is kept: from the step that first writes it until the last one that reads it.
 struct Life {
   int64_t first, last, at, bytes;
 };
 
-// Places values that are alive at the same time apart.
+// The value that a step may write its result over: one that it alone reads then, position by position; or -1.
+int64_t overwritten(const Region &r, const RegionStep &step) {
+  const int64_t value = step.kind == StepKind::kAdd && step.add < 0 ? step.input : step.add;
+  return value >= 0 && (step.kind == StepKind::kAdd || value != step.input) && is_own(r.values[value]) ? value : -1;
+}
+
+// Places values that are alive at the same time apart. A sum takes the place of what is added: to read and write the
+// same lines halves the traffic.
 void place_values(Region &r) {
   const int64_t count = int64_t(r.values.size());
-  std::vector<int64_t> made(count, -1), read(count, -1);
+  std::vector<int64_t> made(count, -1), read(count, -1), place(count);
   for (int64_t i = 0; i < int64_t(r.steps.size()); ++i) {
     made[r.steps[i].output] = i;
     for (const int64_t value : {r.steps[i].input, r.steps[i].add})
       if (value >= 0)
         read[value] = i;
   }
-  std::vector<Life> lives;
+  std::vector<Life> lives(count);
   for (int64_t v = 0; v < count; ++v) {
     RegionValue &value = r.values[v];
+    place[v] = v;
     if (!is_own(value) || made[v] < 0)
       continue;
-    const int64_t last = std::max(read[v], made[v]);
+    const int64_t last = std::max(read[v], made[v]), images = r.steps[made[v]].images;
     value.images = r.steps[last].images;
     // What a step with larger chunks reads is made bit by bit, while the steps before it run again and again.
-    const int64_t first = r.steps[made[v]].images < value.images ? 0 : made[v];
-    Life life = {first, last, 0, align_up(value.images * image_bytes(r, v))};
-    std::vector<Life> beside;
-    for (const Life &other : lives)
-      if (other.first <= life.last && life.first <= other.last)
-        beside.push_back(other);
-    std::sort(beside.begin(), beside.end(), [](const Life &a, const Life &b) { return a.at < b.at; });
-    for (const Life &other : beside)
-      if (life.at + life.bytes > other.at)
-        life.at = std::max(life.at, other.at + other.bytes);
-    value.at = life.at;
-    r.arena_bytes = std::max(r.arena_bytes, life.at + life.bytes);
-    lives.push_back(life);
+    lives[v] = {images < value.images ? 0 : made[v], last, 0, align_up(value.images * image_bytes(r, v))};
+    const int64_t over = overwritten(r, r.steps[made[v]]);
+    if (over < 0 || made[over] < 0 || read[over] != made[v] || value.images != images ||
+        r.values[over].images != images || r.steps[made[over]].images != images)
+      continue;
+    place[v] = place[over];
+    lives[place[v]].last = last;
+  }
+  std::vector<Life> placed;
+  for (int64_t v = 0; v < count; ++v) {
+    if (place[v] == v && lives[v].bytes > 0) {
+      Life &life = lives[v];
+      std::vector<Life> beside;
+      for (const Life &other : placed)
+        if (other.first <= life.last && life.first <= other.last)
+          beside.push_back(other);
+      std::sort(beside.begin(), beside.end(), [](const Life &a, const Life &b) { return a.at < b.at; });
+      for (const Life &other : beside)
+        if (life.at + life.bytes > other.at)
+          life.at = std::max(life.at, other.at + other.bytes);
+      r.arena_bytes = std::max(r.arena_bytes, life.at + life.bytes);
+      placed.push_back(life);
+    }
+    r.values[v].at = lives[place[v]].at;
   }
 }
 
 // Plans a step for every number of images that it will be given; false if an image is too large.
 bool plan_chunks(Region &r, int64_t s) {
   RegionStep &step = r.steps[s];
+  int64_t phases = 1; // of a team
   if (step.kind == StepKind::kMaxPool)
-    r.scratch_bytes = std::max(r.scratch_bytes, step.pool.row_elements * accumulator_bytes(r.dtype));
-  if (step.kind != StepKind::kConv)
-    return true;
-  const int64_t least = r.batch / r.workers;
-  for (const int64_t images : {step.images, least % step.images, (least + 1) % step.images}) {
-    const auto known = [images](const Region::Chunk &chunk) { return chunk.images == images; };
-    if (images == 0 || std::any_of(r.chunks[s].begin(), r.chunks[s].end(), known))
-      continue;
-    Region::Chunk chunk = {images, {}};
-    step.conv.batch = images;
-    const int64_t bytes = plan_conv(step.conv, step.weight, r.whole_images ? 1 : r.threads, chunk.plan);
-    if (bytes < 0)
-      return false;
-    r.scratch_bytes = std::max(r.scratch_bytes, bytes);
-    r.chunks[s].push_back(chunk);
+    r.scratch_bytes = std::max(r.scratch_bytes, align_up(step.pool.row_elements * accumulator_bytes(r.dtype)) *
+                                                    (r.whole_images ? 1 : r.threads));
+  if (step.kind == StepKind::kConv) {
+    const int64_t least = r.whole_images ? r.batch / r.workers : 0;
+    for (const int64_t images : {step.images, least % step.images, r.whole_images ? (least + 1) % step.images : 0}) {
+      const auto known = [images](const Region::Chunk &chunk) { return chunk.images == images; };
+      if (images == 0 || std::any_of(r.chunks[s].begin(), r.chunks[s].end(), known))
+        continue;
+      Region::Chunk chunk = {images, {}, r.prepared_bytes};
+      step.conv.batch = images;
+      if (plan_conv(step.conv, step.weight, r.whole_images ? 1 : r.threads, chunk.plan) < 0)
+        return false;
+      r.prepared_bytes += align_up(chunk.plan.prepared_bytes);
+      r.scratch_bytes = std::max(r.scratch_bytes, align_up(chunk.plan.working_bytes));
+      r.chunks[s].push_back(chunk);
+    }
+    phases = conv_phases(r.chunks[s][0].plan);
   }
+  if (!r.whole_images)
+    r.phases += phases;
   return true;
 }
 
-void serially(int64_t workers, void (*body)(int64_t worker, void *context), void *context) {
-  for (int64_t worker = 0; worker < workers; ++worker)
-    body(worker, context);
-}
+// Where the memory of a run begins: tables, then what a team waits by, then the workers' own.
+struct Memory {
+  char *prepared, *waiting, *workers;
 
-// One worker's run, or, where images are shared, that of all of them.
+  Memory(const Region &r, void *memory) {
+    prepared = reinterpret_cast<char *>(align_up(reinterpret_cast<int64_t>(memory)));
+    waiting = prepared + r.prepared_bytes;
+    workers = waiting + align_up(Team::bytes(r.phases, r.threads));
+  }
+};
+
 class Run {
 public:
-  Run(const Region &region, char *memory, int64_t first_image, ParallelFor parallel)
-      : r_(region), arena_(memory), scratch_(memory + region.arena_bytes), first_image_(first_image),
-        parallel_(parallel) {}
+  // `memory`: of a worker that has images from `first_image` on, or of all workers.
+  Run(const Region &region, char *memory, int64_t first_image)
+      : r_(region), arena_(memory), scratch_(memory + region.arena_bytes), first_image_(first_image) {}
 
-  // Steps [0, end) on images [first, first + count).
-  void run(int64_t end, int64_t first, int64_t count) const {
+  // Steps [0, end) on images [first, first + count), by one worker.
+  void alone(int64_t end, int64_t first, int64_t count) const {
     if (end == 0)
       return;
     const int64_t images = r_.steps[end - 1].images;
@@ -131,13 +164,39 @@ public:
       --begin;
     for (int64_t n = first; n < first + count; n += images) {
       const int64_t taken = std::min(images, first + count - n);
-      run(begin, n, taken);
-      for (int64_t s = begin; s < end; ++s)
-        step(s, n, taken);
+      alone(begin, n, taken);
+      for (int64_t s = begin; s < end; ++s) {
+        if (r_.steps[s].kind != StepKind::kConv) {
+          between(s, n, taken, 0, 1);
+          continue;
+        }
+        const Conv &plan = this->plan(s, taken);
+        for (int64_t phase = 0; phase < conv_phases(plan); ++phase)
+          run_conv_phase(plan, tensors(s, n), scratch_, phase, 0);
+      }
+    }
+  }
+
+  // All steps on all images, by a team from `phase` on.
+  void together(Team &team, int64_t phase, int64_t me) const {
+    for (int64_t s = 0; s < int64_t(r_.steps.size()); ++s) {
+      if (r_.steps[s].kind != StepKind::kConv) {
+        team.run(phase++, r_.threads, me, [&](int64_t item) { between(s, 0, r_.batch, item, r_.threads); });
+        continue;
+      }
+      const Conv &plan = this->plan(s, r_.batch);
+      const ConvTensors given = tensors(s, 0);
+      for (int64_t p = 0; p < conv_phases(plan); ++p)
+        team.run(phase++, plan.workers, me, [&](int64_t item) { run_conv_phase(plan, given, scratch_, p, item); });
     }
   }
 
 private:
+  const Conv &plan(int64_t s, int64_t images) const {
+    const auto fits = [images](const Region::Chunk &chunk) { return chunk.images == images; };
+    return std::find_if(r_.chunks[s].begin(), r_.chunks[s].end(), fits)->plan;
+  }
+
   char *place(int64_t v, int64_t n) const {
     if (v < 0)
       return nullptr;
@@ -150,45 +209,44 @@ private:
     return arena_ + value.at + (n - first_image_) % value.images * bytes;
   }
 
-  void step(int64_t s, int64_t n, int64_t images) const {
+  ConvTensors tensors(int64_t s, int64_t n) const {
     const RegionStep &step = r_.steps[s];
-    char *input = place(step.input, n), *add = place(step.add, n), *output = place(step.output, n);
-    if (step.kind == StepKind::kConv) {
-      Conv plan = std::find_if(r_.chunks[s].begin(), r_.chunks[s].end(), [images](const Region::Chunk &chunk) {
-                    return chunk.images == images;
-                  })->plan;
-      run_conv(plan, step.weight, {input, step.bias, add, output}, scratch_, parallel_);
-      return;
-    }
-    const KernelSet &kernels = kernels_for(r_.dtype);
-    const RegionValue &in = r_.values[step.input], &out = r_.values[step.output];
-    const int64_t workers = r_.whole_images ? 1 : r_.threads, planes = images * in.channels;
-    const int64_t element = element_bytes(r_.dtype), in_plane = in.height * in.width * element,
-                  out_plane = out.height * out.width * element;
-    const auto body = [&](int64_t worker) {
-      const int64_t first = planes * worker / workers, count = planes * (worker + 1) / workers - first;
-      char *to = output + first * out_plane;
-      if (step.kind == StepKind::kMaxPool)
-        kernels.max_pool(step.pool, input + first * in_plane, to, count, scratch_ + worker * row_bytes(step));
-      else
-        kernels.add_activate(input + first * in_plane, add ? add + first * in_plane : nullptr, to,
-                             count * out.height * out.width, step.activation);
-    };
-    using Body = decltype(body);
-    parallel_(
-        workers, [](int64_t worker, void *context) { (*static_cast<Body *>(context))(worker); },
-        const_cast<void *>(static_cast<const void *>(&body)));
+    return {place(step.input, n), step.bias, place(step.add, n), place(step.output, n)};
   }
 
-  int64_t row_bytes(const RegionStep &step) const {
-    return align_up(step.pool.row_elements * accumulator_bytes(r_.dtype));
+  // Share `worker` of a step that is no convolution.
+  void between(int64_t s, int64_t n, int64_t images, int64_t worker, int64_t workers) const {
+    const RegionStep &step = r_.steps[s];
+    const KernelSet &kernels = kernels_for(r_.dtype);
+    const RegionValue &in = r_.values[step.input], &out = r_.values[step.output];
+    const int64_t planes = images * in.channels;
+    const int64_t first = planes * worker / workers, count = planes * (worker + 1) / workers - first;
+    const int64_t element = element_bytes(r_.dtype), skipped = first * in.height * in.width * element;
+    const char *input = place(step.input, n) + skipped, *add = place(step.add, n);
+    char *output = place(step.output, n) + first * out.height * out.width * element;
+    if (step.kind == StepKind::kMaxPool)
+      kernels.max_pool(step.pool, input, output, count,
+                       scratch_ + worker * align_up(step.pool.row_elements * accumulator_bytes(r_.dtype)));
+    else
+      kernels.add_activate(input, add ? add + skipped : nullptr, output, count * out.height * out.width,
+                           step.activation);
   }
 
   const Region &r_;
   char *const arena_, *const scratch_;
   const int64_t first_image_;
-  const ParallelFor parallel_;
 };
+
+// Share `item` of the tables of all steps.
+void prepare(Region &r, char *memory, int64_t item) {
+  int64_t turn = 0;
+  for (size_t s = 0; s < r.steps.size(); ++s)
+    for (Region::Chunk &chunk : r.chunks[s])
+      if (turn++ % r.threads == item) {
+        prepare_conv(chunk.plan, r.steps[s].weight, r.steps[s].bias, memory + chunk.at);
+        decode_conv(chunk.plan, r.steps[s].weight, memory + chunk.at, 0, 1);
+      }
+}
 
 } // namespace
 
@@ -196,30 +254,35 @@ int64_t plan_region(Region &region) {
   Region &r = region;
   r.whole_images = r.batch >= 2 * r.threads || r.batch % r.threads == 0;
   r.workers = r.whole_images ? std::min(r.threads, r.batch) : 1;
-  r.arena_bytes = r.scratch_bytes = 0;
+  r.arena_bytes = r.scratch_bytes = r.prepared_bytes = 0;
+  r.phases = 1; // the tables
   r.chunks.assign(r.steps.size(), {});
   choose_images(r);
   place_values(r);
   for (int64_t s = 0; s < int64_t(r.steps.size()); ++s)
     if (!plan_chunks(r, s))
       return -1;
-  // Where images are shared, every thread has a row for pooling.
-  r.scratch_bytes = align_up(r.scratch_bytes) * (r.whole_images ? 1 : r.threads);
-  return r.workers * (r.arena_bytes + r.scratch_bytes) + kAlignment;
+  return kAlignment + r.prepared_bytes + align_up(Team::bytes(r.phases, r.threads)) +
+         r.workers * (r.arena_bytes + r.scratch_bytes);
 }
 
-void run_region(const Region &region, void *memory, ParallelFor parallel) {
-  const int64_t steps = int64_t(region.steps.size()), each = region.arena_bytes + region.scratch_bytes;
-  auto *aligned = reinterpret_cast<char *>(align_up(reinterpret_cast<int64_t>(memory)));
-  if (!region.whole_images)
-    return Run(region, aligned, 0, parallel).run(steps, 0, region.batch);
-  const auto body = [&](int64_t worker) {
-    const int64_t first = region.batch * worker / region.workers, last = region.batch * (worker + 1) / region.workers;
-    Run(region, aligned + worker * each, first, serially).run(steps, first, last - first);
+void run_region(Region &region, void *memory, ParallelFor parallel) {
+  const Memory at(region, memory);
+  std::memset(at.waiting, 0, Team::bytes(region.phases, region.threads));
+  Team team(at.waiting, region.phases, region.threads);
+  const auto body = [&](int64_t me) {
+    team.run(0, region.threads, me, [&](int64_t item) { prepare(region, at.prepared, item); });
+    if (!region.whole_images)
+      return Run(region, at.workers, 0).together(team, 1, me);
+    if (me >= region.workers)
+      return;
+    const int64_t first = region.batch * me / region.workers, last = region.batch * (me + 1) / region.workers;
+    char *own = at.workers + me * (region.arena_bytes + region.scratch_bytes);
+    Run(region, own, first).alone(int64_t(region.steps.size()), first, last - first);
   };
   using Body = decltype(body);
   parallel(
-      region.workers, [](int64_t worker, void *context) { (*static_cast<Body *>(context))(worker); },
+      region.threads, [](int64_t worker, void *context) { (*static_cast<Body *>(context))(worker); },
       const_cast<void *>(static_cast<const void *>(&body)));
 }
 

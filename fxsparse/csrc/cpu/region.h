@@ -41,15 +41,16 @@ struct Region {
   struct Chunk {
     int64_t images;
     Conv plan;
+    int64_t at; // of its tables, in bytes
   };
   std::vector<std::vector<Chunk>> chunks; // of each step, by the number of images
-  bool whole_images;
-  int64_t workers, arena_bytes, scratch_bytes;
+  bool whole_images;                      // each worker has images of its own; else all share every step
+  int64_t workers, phases, arena_bytes, scratch_bytes, prepared_bytes;
 };
 
 // Returns the bytes that run_region needs, or -1 if an image has more elements than the kernels' offsets reach.
 int64_t plan_region(Region &region);
 
-void run_region(const Region &region, void *memory, ParallelFor parallel);
+void run_region(Region &region, void *memory, ParallelFor parallel);
 
 } // namespace fxsparse
