@@ -34,7 +34,7 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
             if key not in known:
                 known[key] = _regroup(site, weight, target, ctx)
             estimate = OVER_DENSE * known[key].cost(target) / known[key].dense_cost
-            support = _expectation(known[key], estimate)
+            support = _expectation(known[key], estimate, depthwise=_is_depthwise(weight, site.groups))
             sites.update(node, regrouping=known[key], estimate=estimate)
         sites.update(node, support=support, reason=support.reason)
     return finish(gm, ctx, {"weights regrouped": len(known)})
@@ -61,7 +61,15 @@ def _regroup(site: ConvSite, weight: Tensor, target: Target, ctx: PassContext) -
     return regroup(kept, target, groups=site.groups, cache=ctx.settings.cache)
 
 
-def _expectation(regrouping: Regrouping, estimate: float) -> Support:
+def _is_depthwise(weight: Tensor, groups: int) -> bool:
+    return groups == weight.shape[0] > 1 and weight.shape[1] == 1
+
+
+def _expectation(regrouping: Regrouping, estimate: float, *, depthwise: bool) -> Support:
+    # A depthwise weight is small, with zeros or without, and packed it does not part the convolutions on both sides of
+    # it, which one call runs then. That is for calibration to measure.
+    if depthwise:
+        return Support(True)
     if regrouping.kept == regrouping.dense_cost:
         return Support.no("no zeros in the weight")
     if estimate > HOPELESS:

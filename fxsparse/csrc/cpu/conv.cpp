@@ -129,6 +129,35 @@ void run_windows(const Call &call, int64_t worker) {
   }
 }
 
+// A worker's units of all images, of about equal cost; their channels are gathered some groups at a time.
+void run_by_group(const Call &call, int64_t worker) {
+  const Conv &c = call.conv;
+  const int64_t total = c.shape.batch * c.cost, cell_bytes = c.shape.dtype == Dtype::kFloat64 ? 8 : 4;
+  const int64_t first = total * worker / c.workers, last = total * (worker + 1) / c.workers;
+  const int64_t *end = c.unit_middles + c.num_units;
+  for (int64_t n = first / c.cost; n < c.shape.batch && n * c.cost < last; ++n) {
+    int64_t gathered = 0, end_gathered = 0;
+    char *cells = nullptr;
+    const int64_t *middle = std::lower_bound(c.unit_middles, end, first - n * c.cost);
+    for (; middle < end && *middle + n * c.cost < last; ++middle) {
+      const Unit &unit = c.units[middle - c.unit_middles];
+      const int64_t channel = c.panels[unit.first_panel * kPanelFields + kFirstChannel];
+      if (channel < gathered || channel >= end_gathered) {
+        gathered = channel;
+        end_gathered = std::min(channel + c.gathered_channels, c.shape.channels);
+        // The kernels count the channels of the whole image.
+        cells = call.buffer(worker) - channel * c.channel_stride * cell_bytes;
+        c.kernels->gather(c, call.input(n), 1, gathered, end_gathered, 0, cells);
+      }
+      for (int64_t b = 0; b < c.bands; ++b) {
+        const Band band = nth_band({0, group_tiles(c, 1)}, b, c.bands);
+        if (band.first < band.last)
+          call.run(unit, band, 1, n, cells, worker);
+      }
+    }
+  }
+}
+
 // The group of images that all workers share.
 struct Group {
   int64_t first, images;
@@ -210,6 +239,8 @@ void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working,
     run_images(call, worker);
   else if (plan.schedule == Schedule::kWindows)
     run_windows(call, worker);
+  else if (plan.schedule == Schedule::kByGroup)
+    run_by_group(call, worker);
   else if (!shares_gather(plan))
     run_share(call, nth_group(plan, phase), worker);
   else if (phase % 2 == 0)

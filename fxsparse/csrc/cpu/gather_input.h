@@ -165,7 +165,8 @@ void gather_input(const Conv &conv, const void *input, int64_t images, int64_t f
         for (int64_t image = 0; image < images; ++image, from += conv.shape.channels * plane, to += conv.plane)
           gather_plane(ay, ax, shape, from, to);
         // The zeros that the next plane would begin with, where none follows.
-        if (images < conv.group_images || to == (A *)buffer + conv.shape.channels * conv.channel_stride)
+        const bool alone = conv.schedule == Schedule::kByGroup && channel + 1 == last;
+        if (alone || images < conv.group_images || to == (A *)buffer + conv.shape.channels * conv.channel_stride)
           fill_zeros(to, ay.spill * ax.cells + ax.spill);
       }
     }

@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kGroupBytes = 448 * 1024;
 // Inputs that one band of tiles reads, for every unit in turn.
 constexpr int64_t kBandBytes = 400 * 1024;
+// Channel groups of a grouped convolution that are gathered at once: half of L1.
+constexpr int64_t kGatherBytes = 16 * 1024;
 // Cells of a band when residual weights exist: its results, for the rows of a unit, wait in L1.
 constexpr int64_t kResidualBandCells = 512;
 // Outputs of a group: enough for full tiles on the narrowest planes.
@@ -105,6 +107,21 @@ bool plan_windows(const ConvShape &s, int64_t threads, Conv &c) {
   return true;
 }
 
+// Grouped convolutions, depthwise ones above all: the channels of one group stay in L1 or L2 from the gather to the
+// last of their units.
+bool plan_by_group(const ConvShape &s, int64_t threads, Conv &c) {
+  const int64_t channels = s.weight_columns / (s.kernel[0] * s.kernel[1]);
+  const int64_t bytes = channels * c.y.slots * c.x.slots * c.plane * accumulator_bytes(s.dtype);
+  if (channels == s.channels || c.in_place || bytes > kGroupBytes)
+    return false;
+  c.schedule = Schedule::kByGroup;
+  c.windows = 1;
+  c.workers = threads;
+  c.group_images = 1;
+  c.gathered_channels = channels * std::clamp<int64_t>(kGatherBytes / bytes, 1, s.channels / channels);
+  return true;
+}
+
 void plan_groups(const ConvShape &s, int64_t threads, Conv &c) {
   // Alone, a worker has no barriers and its images stay in its own cache.
   const bool whole_images = s.batch >= 2 * threads || s.batch % threads == 0;
@@ -129,11 +146,12 @@ int64_t band_cells(const Conv &c, int64_t tiles) {
 void plan_bands(const ConvShape &s, Conv &c) {
   c.channel_stride = c.y.slots * c.x.slots * c.group_images * c.plane;
   const int64_t slack = c.y.spill * c.x.cells + c.x.spill + 2 * kPanelLanes;
-  c.buffer_elements = c.in_place ? 0 : s.channels * c.channel_stride + slack;
+  c.buffer_elements = c.in_place ? 0 : c.gathered_channels * c.channel_stride + slack;
   const int64_t tiles =
       c.schedule == Schedule::kWindows ? ceil_div(c.out_height, c.windows) * c.pieces : group_tiles(c, c.group_images);
-  int64_t bands = ceil_div(s.channels * c.channel_stride * accumulator_bytes(s.dtype), kBandBytes);
-  if (c.has_residual)
+  int64_t bands = ceil_div(c.gathered_channels * c.channel_stride * accumulator_bytes(s.dtype), kBandBytes);
+  const bool depthwise = c.schedule == Schedule::kByGroup && s.weight_columns == s.kernel[0] * s.kernel[1];
+  if (c.has_residual && !depthwise) // its results are one row, no more than its input
     bands = std::max(bands, ceil_div(c.group_images * c.plane, kResidualBandCells));
   if (c.schedule == Schedule::kShared && tiles > kUnsplitTiles)
     bands = ceil_div(bands, c.workers) * c.workers;
@@ -199,7 +217,8 @@ int64_t plan_conv(const ConvShape &shape, const PackedWeight &weight, int64_t th
     block_values += weight.panels[p * kPanelFields + kColumnCount] * kPanelLanes;
   plan.has_residual = weight.num_values > block_values;
   plan_layout(shape, plan);
-  if (!plan_windows(shape, threads, plan))
+  plan.gathered_channels = shape.channels;
+  if (!plan_by_group(shape, threads, plan) && !plan_windows(shape, threads, plan))
     plan_groups(shape, threads, plan);
   plan_bands(shape, plan);
   if (shape.channels * plan.channel_stride >= kMaxOffset)

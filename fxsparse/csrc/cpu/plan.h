@@ -24,8 +24,9 @@ struct Unit {
 };
 
 // What a worker takes: whole images in groups; windows of an image's rows, each gathered by itself; or a share of the
-// tiles and units of a group that all workers gather together.
-enum class Schedule { kImages, kWindows, kShared };
+// tiles and units of a group that all workers gather together;
+// or units of images, for which it gathers the channels of their group alone.
+enum class Schedule { kImages, kWindows, kShared, kByGroup };
 
 // Max pooling of one plane; `row_elements` is what one padded row takes, with room to read past its end.
 struct PoolShape {
@@ -41,7 +42,7 @@ struct Conv {
   // Canonical input of a group of images: [channel][slot y][slot x][image][row][cell].
   Axis y, x;
   bool in_place; // the input is read where it lies: one row of height * width cells per image
-  int64_t group_images, plane, channel_stride, buffer_elements;
+  int64_t group_images, gathered_channels, plane, channel_stride, buffer_elements;
   // Tiles: the valid rows of a group (group_images * out_height) in blocks of at most tile_height, each row in
   // `pieces` of at most the kernel set's positions.
   int64_t out_height, out_width, tile_height, pieces;
