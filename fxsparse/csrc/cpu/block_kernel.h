@@ -58,6 +58,10 @@ void block_kernel(const A *const *rows, const uint32_t *offsets, const A *const 
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)
         weight[v] = load(w[v] + (k + u) * kPanelLanes);
+      if (P >= 4)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v)
+          __builtin_prefetch(w[v] + (k + u + 48) * kPanelLanes, 0, 2);
 #pragma GCC unroll 7
       for (int h = 0; h < PH; ++h)
 #pragma GCC unroll 14

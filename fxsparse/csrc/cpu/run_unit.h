@@ -125,8 +125,12 @@ void run_stretches(const UnitRows<T, A> &unit, int count, const A *const *positi
       for (int v = 0; v < count; ++v) {
         const Stretch &at = stretches[v];
         Vec<A> sum = load(tile + (r * count + v) * N);
-        if (add != nullptr)
+        // For the next tile, too: so many rows at once are more streams than prefetchers of the hardware follow.
+        __builtin_prefetch(output + at.output + kWideVectors * N, 1);
+        if (add != nullptr) {
           sum += load_lanes(add + at.output, at.begin, at.end);
+          __builtin_prefetch(add + at.output + kWideVectors * N);
+        }
         store_lanes(output + at.output, activate<A>(sum, to.activation), at.begin, at.end);
       }
     }

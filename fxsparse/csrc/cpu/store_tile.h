@@ -87,8 +87,10 @@ void store_tile(const A *tile, int lanes, const TileOutput &shape, T *const *out
           if (output == nullptr)
             continue;
           Vec<A> v = r[i];
-          if (adds != nullptr)
+          if (adds != nullptr) {
             v += load_lanes(adds[first_lane + i] + offset, begin, end);
+            __builtin_prefetch(adds[first_lane + i] + offset + shape.positions); // for the next tile
+          }
           store_lanes(output + offset, activate<A>(v, activation), begin, end);
         }
       }
