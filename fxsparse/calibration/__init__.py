@@ -39,6 +39,8 @@ _SITE_S, _LEAST_S, _MOST_S, _MODEL_S = 0.1, 2.0, 10.0, 2.0
 _BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s"
 # How much slower a sparse convolution may be alone, so that no region ends before it: a share of its time.
 _FOR_REGIONS = -0.3
+# A call that takes longer is not timed in as many variants.
+_LONG_MS = 150.0
 # Shares of a time budget; the rest goes to copies, packing and the run itself.
 _SITES_SHARE, _MODEL_SHARE = 0.55, 0.3
 _NOISY = 0.25  # distance of the quartiles over the median, of all-vanilla times
@@ -192,7 +194,7 @@ class _Run:
         if self.only is None:
             candidates.append(("layouts", decided(sparse=False)))
             candidates.append(("sparse and layouts", decided()))
-        if self.only is None and self.key.deploy != "compiled":  # compiling each takes long
+        if self.only is None and self.key.deploy != "compiled" and self._is_quick(found):  # compiling each takes long
             # Its neighbours: what less caution, or other samples, would have chosen.
             candidates.append(("without margin", decided(margin=0.0)))
             candidates.append(("first half", decided(by=found.half(0))))
@@ -207,6 +209,10 @@ class _Run:
             model_ms=verdict.model_ms,
             notes=(*_noise_notes(found, verdict.spread), *_layout_notes(found)),
         )
+
+    def _is_quick(self, found: Measurements) -> bool:
+        """Tell whether a call of the model is so short that more variants of it can be timed."""
+        return sum(site.ms[site.default] for site in found.sites.values()) < _LONG_MS
 
     def _measure(self, measured: nn.Module) -> Measurements:
         names_of = [site.name for _, gm, node in keyed(measured) if (site := site_of(node)) is not None]

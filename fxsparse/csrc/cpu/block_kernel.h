@@ -14,8 +14,9 @@ constexpr int kMaxVectors = 2;    // NV
 constexpr int kMaxTileHeight = 7; // PH
 constexpr int kMaxPositions = (kVectorRegisters - kMaxVectors - 2) / kMaxVectors;
 
-// Smaller tiles have no time to prefetch.
-constexpr int kPrefetchedPositions = 12;
+// Tiles of fewer positions have no time to prefetch inputs, or weights.
+constexpr int kPrefetchedPositions = 12, kStreamedPositions = 4;
+constexpr int kWeightsAhead = 48; // columns
 
 // rows[h]: cells of the tile's row h; offsets[k]: column k's offset in cells; weights[v]: vector v at column 0, the
 // next column kPanelLanes elements on; initial[v]: what vector v starts from; tile: [v][h * PW + j][lane].
@@ -58,10 +59,11 @@ void block_kernel(const A *const *rows, const uint32_t *offsets, const A *const 
 #pragma GCC unroll 2
       for (int v = 0; v < NV; ++v)
         weight[v] = load(w[v] + (k + u) * kPanelLanes);
-      if (P >= 4)
+      // Weights are read once from beyond L2, whose prefetcher stops at every page.
+      if (P >= kStreamedPositions)
 #pragma GCC unroll 2
         for (int v = 0; v < NV; ++v)
-          __builtin_prefetch(w[v] + (k + u + 48) * kPanelLanes, 0, 2);
+          __builtin_prefetch(w[v] + (k + u + kWeightsAhead) * kPanelLanes, 0, 2);
 #pragma GCC unroll 7
       for (int h = 0; h < PH; ++h)
 #pragma GCC unroll 14
