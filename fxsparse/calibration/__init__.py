@@ -172,8 +172,7 @@ class _Run:
         def decided(by: Measurements = found, margin: float = self.margin, **allowed: bool) -> PlanEntry:
             only = self.only is not None
             by_graph = [
-                decide(gm, name, by, margin, only=only, shown=found, **allowed)
-                for name, gm in graphs(measured).items()
+                decide(gm, name, by, margin, only=only, shown=found, **allowed) for name, gm in graphs(measured).items()
             ]
             plan_of = {node: plan for decision in by_graph for node, plan in decision.sites.items()}
             by_key = {

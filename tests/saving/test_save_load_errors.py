@@ -58,7 +58,9 @@ def test_hooks_are_refused_by_name(tmp_path: Path) -> None:
     refused("module 'head'.*has the forward hook", fast, tmp_path / "m.pt2")
 
 
-@pytest.mark.parametrize("value", [object(), torch.ones(2), (1, 2), {1: 2}, float("nan")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [object(), torch.ones(2), (1, 2), {1: 2}, float("nan")], ids=lambda value: type(value).__name__
+)
 def test_attributes_that_json_cannot_hold(value: Any, tmp_path: Path) -> None:
     fast = fast_net()
     fast.__dict__["mine"] = value

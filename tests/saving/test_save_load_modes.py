@@ -10,11 +10,18 @@ from models import random_masks, small_net
 from torch import nn
 
 import fxsparse
-from fxsparse import sites
+from fxsparse import calibration, sites
 from fxsparse.calibration_mode import CalibratingHook
 from fxsparse.sites import ConvSite
 
 MODES = ("training", "vanilla", "sparse", "test", "benchmark", "calibration")
+
+
+@pytest.fixture(autouse=True)
+def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let calibrations without a budget take the fewest samples: what they choose is not asserted."""
+    for seconds in ("_SITE_S", "_LEAST_S", "_MOST_S", "_MODEL_S"):
+        monkeypatch.setattr(calibration, seconds, 0.01)
 
 
 def fast_net(**settings: object) -> nn.Module:

@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <thread>
 
 namespace fxsparse {
 
@@ -29,16 +28,20 @@ public:
         continue;
       body(item);
       done.fetch_add(1, std::memory_order_acq_rel);
+      done.notify_all();
     }
-    for (int64_t spins = 0; done.load(std::memory_order_acquire) < items; ++spins)
-      wait(spins);
+    int64_t spins = 0;
+    for (uint32_t seen; (seen = done.load(std::memory_order_acquire)) < items;)
+      if (++spins < kSpins)
+        pause();
+      else // others need the core
+        done.wait(seen, std::memory_order_acquire);
   }
 
 private:
-  static void wait(int64_t spins) {
-    constexpr int64_t kSpins = 4096; // some tens of microseconds, then others may have the core
-    if (spins >= kSpins)
-      return std::this_thread::yield();
+  static constexpr int64_t kSpins = 4096; // some tens of microseconds
+
+  static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
