@@ -256,8 +256,7 @@ void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors
   for_each_worker(parallel, decoders, [&](int64_t w) { decode_conv(plan, weight, memory, w, decoders); });
   void *working = static_cast<char *>(memory) + plan.prepared_bytes;
   for (int64_t phase = 0; phase < conv_phases(plan); ++phase)
-    for_each_worker(parallel, plan.workers,
-                    [&](int64_t w) { run_conv_phase(plan, tensors, working, phase, w); });
+    for_each_worker(parallel, plan.workers, [&](int64_t w) { run_conv_phase(plan, tensors, working, phase, w); });
 }
 
 } // namespace fxsparse

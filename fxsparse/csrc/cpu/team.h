@@ -14,7 +14,8 @@ class Team {
 public:
   // `memory`: of bytes(), zeroed.
   Team(void *memory, int64_t phases, int64_t workers)
-      : done_(static_cast<uint32_t *>(memory)), taken_(reinterpret_cast<uint8_t *>(done_ + phases)), workers_(workers) {}
+      : done_(static_cast<uint32_t *>(memory)), taken_(reinterpret_cast<uint8_t *>(done_ + phases)), workers_(workers) {
+  }
 
   static int64_t bytes(int64_t phases, int64_t workers) { return phases * (int64_t(sizeof(uint32_t)) + workers); }
 

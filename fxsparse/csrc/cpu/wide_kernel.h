@@ -60,7 +60,7 @@ void wide_kernel(const A *const *positions, const uint32_t *offsets, const A *we
 
 template <class A>
 inline constexpr WideKernel<A> kWideKernels[kWideVectors + 1] = {nullptr, wide_kernel<A, 1>, wide_kernel<A, 2>,
-                                                                wide_kernel<A, 3>};
+                                                                 wide_kernel<A, 3>};
 
 // A vector of positions: of its lanes [begin, end) are outputs, lane 0 would be element `output` of its row.
 struct Stretch {
