@@ -62,7 +62,8 @@ def _regroup(site: ConvSite, weight: Tensor, target: Target, ctx: PassContext) -
 
 
 def _is_depthwise(weight: Tensor, groups: int) -> bool:
-    return groups == weight.shape[0] > 1 and weight.shape[1] == 1
+    """Tell whether a convolution is depthwise, and where regions are: on a CPU."""
+    return groups == weight.shape[0] > 1 and weight.shape[1] == 1 and weight.device.type == "cpu"
 
 
 def _expectation(regrouping: Regrouping, estimate: float, *, depthwise: bool) -> Support:
