@@ -1,0 +1,145 @@
+// Poolings and additions of batch-innermost images. A position is one line of channels x images, so every thread takes
+// 16 bytes of it and a warp 512 in a row; all are bound by memory.
+#include "batch_inner.h"
+#include "conv2d_kernel.h"
+#include "overlapping_launch.h"
+#include "packed_pairs.h"
+
+namespace fxsparse::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+template <typename T> inline constexpr int kVector = 16 / sizeof(T);
+
+template <typename T> __device__ __forceinline__ void unpack(const uint4 &from, float (&values)[kVector<T>]) {
+  const T *elements = reinterpret_cast<const T *>(&from);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    values[i] = float(elements[i]);
+}
+
+template <typename T> __device__ __forceinline__ uint4 packed(const float (&values)[kVector<T>]) {
+  uint4 result;
+  T *elements = reinterpret_cast<T *>(&result);
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    elements[i] = T(values[i]);
+  return result;
+}
+
+// `line`: vectors of one position.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    max_pool(const MaxPool p, int64_t line, const uint4 *__restrict__ input, uint4 *__restrict__ output) {
+  wait_for_earlier_kernels();
+  const int64_t place = int64_t(blockIdx.y) * kThreads + threadIdx.x;
+  if (place >= line)
+    return;
+  const int64_t position = blockIdx.x;
+  const int y = int(position / p.out_width), x = int(position % p.out_width);
+  uint4 most = lowest<T>();
+  for (int r = 0; r < int(p.kernel[0]); ++r)
+    for (int s = 0; s < int(p.kernel[1]); ++s) {
+      const int64_t row = y * p.stride[0] - p.pad[0] + r * p.dilation[0];
+      const int64_t column = x * p.stride[1] - p.pad[1] + s * p.dilation[1];
+      if (row >= 0 && row < p.in.height && column >= 0 && column < p.in.width)
+        keep_larger<T>(most, input[(row * p.in.width + column) * line + place]);
+    }
+  if (p.activation != Activation::kNone)
+    clamp<T>(most, p.activation == Activation::kRelu6);
+  output[position * line + place] = most;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    average(int64_t positions, int64_t line, const uint4 *__restrict__ input, uint4 *__restrict__ output) {
+  wait_for_earlier_kernels();
+  const int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (place >= line)
+    return;
+  float sums[kVector<T>] = {}, values[kVector<T>];
+#pragma unroll 4
+  for (int64_t position = 0; position < positions; ++position) {
+    unpack<T>(input[position * line + place], values);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      sums[i] += values[i];
+  }
+#pragma unroll
+  for (float &sum : sums)
+    sum /= float(positions);
+  output[place] = packed<T>(sums);
+}
+
+template <typename T, bool kAdds>
+__global__ void __launch_bounds__(kThreads)
+    add(int64_t vectors, Activation activation, const uint4 *__restrict__ input, const uint4 *__restrict__ added,
+        uint4 *__restrict__ output) {
+  wait_for_earlier_kernels();
+  const int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (place >= vectors)
+    return;
+  float values[kVector<T>];
+  unpack<T>(input[place], values);
+  if constexpr (kAdds) {
+    float others[kVector<T>];
+    unpack<T>(added[place], others);
+#pragma unroll
+    for (int i = 0; i < kVector<T>; ++i)
+      values[i] += others[i];
+  }
+#pragma unroll
+  for (float &value : values)
+    value = activate(activation, value);
+  output[place] = packed<T>(values);
+}
+
+unsigned blocks(int64_t vectors) { return unsigned((vectors + kThreads - 1) / kThreads); }
+
+template <typename Body> cudaError_t with_type(TiledType type, const Body &body) {
+  switch (type) {
+  case TiledType::kBFloat16:
+    return body(__nv_bfloat16());
+  case TiledType::kHalf:
+    return body(__half());
+  default:
+    return body(float());
+  }
+}
+
+const uint4 *vectors_at(const void *pointer) { return static_cast<const uint4 *>(pointer); }
+
+} // namespace
+
+cudaError_t launch_max_pool(const MaxPool &pool, TiledType type, const void *input, void *output, cudaStream_t stream) {
+  return with_type(type, [&](auto element) {
+    using T = decltype(element);
+    const int64_t line = pool.in.channels * padded_batch(pool.in.batch) / kVector<T>;
+    const dim3 grid(unsigned(pool.out_height * pool.out_width), blocks(line));
+    return launch_overlapping(max_pool<T>, grid, kThreads, stream, pool, line, vectors_at(input),
+                              static_cast<uint4 *>(output));
+  });
+}
+
+cudaError_t launch_average(const Images &images, TiledType type, const void *input, void *output, cudaStream_t stream) {
+  return with_type(type, [&](auto element) {
+    using T = decltype(element);
+    const int64_t line = images.channels * padded_batch(images.batch) / kVector<T>;
+    return launch_overlapping(average<T>, dim3(blocks(line)), kThreads, stream, images.height * images.width, line,
+                              vectors_at(input), static_cast<uint4 *>(output));
+  });
+}
+
+cudaError_t launch_add(int64_t count, Activation activation, TiledType type, const void *input, const void *added,
+                       void *output, cudaStream_t stream) {
+  return with_type(type, [&](auto element) {
+    using T = decltype(element);
+    const int64_t vectors = count / kVector<T>;
+    const auto kernel = added == nullptr ? add<T, false> : add<T, true>;
+    return launch_overlapping(kernel, dim3(blocks(vectors)), kThreads, stream, vectors, activation, vectors_at(input),
+                              vectors_at(added), static_cast<uint4 *>(output));
+  });
+}
+
+} // namespace fxsparse::cuda
