@@ -127,7 +127,7 @@ def _extensions() -> list[Extension]:
     ]
     if _find_nvcc():
         kernels = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "cuda").glob("*.cu"))]
-        cuda = ["fxsparse/csrc/bind_cuda.cu", *kernels]
+        cuda = ["fxsparse/csrc/bind_cuda.cu", "fxsparse/csrc/bind_cuda_region.cu", *kernels]
         libraries.append(Extension("fxsparse._C_cuda", cuda, py_limited_api=True))
     return libraries
 

@@ -109,6 +109,15 @@ def untile(
     return torch.stack([grouped[g, :, g] for g in range(groups)]).reshape(weight_shape)
 
 
+def cast_tiles(tile_values: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
+    """Return tiled values in another dtype: 16-bit ones lie [K / 8][lanes][8 columns], others [K][lanes]."""
+    eights = (torch.bfloat16, torch.float16)
+    if (tile_values.dtype in eights) == (dtype in eights):
+        return tile_values.to(dtype)
+    order = (-1, lanes, 8) if tile_values.dtype in eights else (-1, 8, lanes)
+    return tile_values.to(dtype).reshape(order).swapaxes(1, 2).reshape(-1)
+
+
 def output_shape(
     input: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int]
 ) -> tuple[int, int, int, int]:

@@ -33,6 +33,9 @@ SCHEMAS = {
         'str activation="none", Tensor? add=None) -> Tensor'
     ),
     "region": "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]",
+    "region_batch_inner": (
+        "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs, int[] channels_last) -> Tensor[]"
+    ),
     "unpack": "(Tensor values, Tensor columns, Tensor panels, Tensor rows, int[] weight_shape) -> Tensor",
     "repack": "(Tensor weight, Tensor columns, Tensor panels, Tensor rows, int values) -> Tensor",
     "validate": "(Tensor columns, Tensor panels, Tensor rows, int values, int[] weight_shape, int groups) -> ()",
@@ -41,6 +44,7 @@ _REFERENCE: dict[str, Callable[..., Tensor | list[Tensor] | None]] = {
     "conv2d": reference.conv2d,
     "conv2d_batch_inner": batch_inner.conv2d_batch_inner,
     "region": region.reference,
+    "region_batch_inner": region.reference_batch_inner,
     "unpack": reference.unpack,
     "repack": reference.repack,
     "validate": table_check.validate,

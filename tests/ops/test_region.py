@@ -289,7 +289,7 @@ def changed(numbers: list[int], *changes: tuple[int, int]) -> list[int]:
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (0, 3, "a step of kind 3"),
+        (0, 4, "a step of kind 4"),
         (1, 1, "names the value 1"),
         (1, -1, "names the value -1"),
         (2, 5, "names the value 5"),

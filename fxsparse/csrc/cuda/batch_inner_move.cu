@@ -1,8 +1,8 @@
 // Changes of layout between torch's images and batch-innermost ones, the first maximum pooling on the way.
 //
-// Two kernels. `move_tiles` transposes 8 images x 8 channels of 16-bit elements in registers; it needs channels_last and
-// channels in eights. `transpose` takes everything else through shared memory, in tiles of 64 images x 64 elements of
-// an image. Both are bound by memory: one read and one write of the images (of the larger side, where it pools).
+// Two kernels. `move_tiles` transposes 8 images x 8 channels of 16-bit elements in registers; it needs channels_last
+// and channels in eights. `transpose` takes everything else through shared memory, in tiles of 64 images x 64 elements
+// of an image. Both are bound by memory: one read and one write of the images (of the larger side, where it pools).
 #include "batch_inner.h"
 #include "overlapping_launch.h"
 #include "packed_pairs.h"
@@ -64,8 +64,8 @@ template <typename Word, bool kInward>
 cudaError_t launch_transpose(const Images &images, ImageLayout layout, const void *input, void *output,
                              cudaStream_t stream) {
   const int64_t plane = images.height * images.width;
-  const Transpose t = {images.batch,    padded_batch(images.batch), images.channels * plane,
-                       images.channels, plane,                      layout == ImageLayout::kChannelsLast};
+  const Transpose t = {images.batch, padded_batch(images.batch),          images.channels * plane, images.channels,
+                       plane,        layout == ImageLayout::kChannelsLast};
   const dim3 grid((t.elements + kSide - 1) / kSide, (t.padded_batch + kSide - 1) / kSide);
   return launch_overlapping(transpose<Word, kInward>, grid, kThreads, stream, t, static_cast<const Word *>(input),
                             static_cast<Word *>(output));
@@ -97,8 +97,7 @@ __device__ __forceinline__ void transpose_eight(const uint4 (&rows)[8], uint4 (&
   for (int j = 0; j < 8; ++j)
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair)
-      result[j * 4 + pair] =
-          __byte_perm(words[pair * 8 + j / 2], words[pair * 8 + 4 + j / 2], j % 2 ? 0x7632 : 0x5410);
+      result[j * 4 + pair] = __byte_perm(words[pair * 8 + j / 2], words[pair * 8 + 4 + j / 2], j % 2 ? 0x7632 : 0x5410);
 }
 
 struct Place { // of a thread: its eight images, its eight channels, and its position
@@ -122,8 +121,8 @@ __device__ __forceinline__ Place place_of(const Lanes &lanes, int64_t padded_bat
 
 dim3 grid_of(const Lanes &lanes, int64_t padded_batch, int64_t channels, int64_t positions) {
   const auto tiles = [](int64_t count, int bits) { return (count + (int64_t(1) << bits) - 1) >> bits; };
-  const int64_t warps = tiles(padded_batch / 8, lanes.images) * tiles(channels / 8, lanes.channels) *
-                        tiles(positions, lanes.positions);
+  const int64_t warps =
+      tiles(padded_batch / 8, lanes.images) * tiles(channels / 8, lanes.channels) * tiles(positions, lanes.positions);
   return dim3((warps + kWarps - 1) / kWarps);
 }
 
@@ -149,9 +148,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < 8; ++k) {
         const int64_t image = at.image + k;
         if (image < p.in.batch)
-          keep_larger<T>(most[k], *reinterpret_cast<const uint4 *>(
-                                      input + ((image * p.in.height + row) * p.in.width + column) * p.in.channels +
-                                      at.channel));
+          keep_larger<T>(most[k],
+                         *reinterpret_cast<const uint4 *>(
+                             input + ((image * p.in.height + row) * p.in.width + column) * p.in.channels + at.channel));
       }
     }
   if (p.activation != Activation::kNone)
@@ -175,8 +174,8 @@ __global__ void __launch_bounds__(kThreads)
   uint4 rows[8], columns[8];
 #pragma unroll
   for (int c = 0; c < 8; ++c)
-    rows[c] = *reinterpret_cast<const uint4 *>(input + (at.position * images.channels + at.channel + c) * padded +
-                                               at.image);
+    rows[c] =
+        *reinterpret_cast<const uint4 *>(input + (at.position * images.channels + at.channel + c) * padded + at.image);
   transpose_eight(rows, columns);
 #pragma unroll
   for (int k = 0; k < 8; ++k)

@@ -73,9 +73,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, bool kAdds>
-__global__ void __launch_bounds__(kThreads)
-    add(int64_t vectors, Activation activation, const uint4 *__restrict__ input, const uint4 *__restrict__ added,
-        uint4 *__restrict__ output) {
+__global__ void __launch_bounds__(kThreads) add(int64_t vectors, Activation activation, const uint4 *__restrict__ input,
+                                                const uint4 *__restrict__ added, uint4 *__restrict__ output) {
   wait_for_earlier_kernels();
   const int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (place >= vectors)
