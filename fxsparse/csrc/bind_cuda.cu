@@ -5,9 +5,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 namespace fxsparse {
 namespace {

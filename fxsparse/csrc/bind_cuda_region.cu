@@ -6,9 +6,7 @@
 #include "memory_plan.h"
 #include "region_program.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 namespace fxsparse {
 namespace {
@@ -194,7 +192,7 @@ private:
     bound.conv.geometry = step.conv;
     bound.conv.type = type_;
     bound.conv.overlap = true;
-    const char *refusal = cuda::tiled_conv2d_refusal(bound.conv);
+    const char *refusal = cuda::tiled_conv2d_refusal(bound.conv, tile_rows);
     STD_TORCH_CHECK(refusal == nullptr, "The region has a convolution that cannot run in it: ", refusal);
     bound.tiled = {contiguous(values).const_data_ptr(),
                    contiguous(columns).const_data_ptr<int32_t>(),

@@ -1,10 +1,12 @@
-// What the CUDA bindings share: torch's current stream, launch errors, new tensors.
+// What the CUDA bindings share: the current stream, and checks around a launch.
 #pragma once
 
 #include "conv2d_arguments.h"
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/shim_utils.h>
 
 // Only libtorch_cuda.so has it. Weak, so that a CPU-only torch can still load this library.

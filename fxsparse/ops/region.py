@@ -60,7 +60,6 @@ class Conv(NamedTuple):
         result: Tensor = torch.ops.fxsparse.conv2d(values[self.input], *packed, bias, *geometry, self.activation, add)
         return result
 
-
     def run_tiled(self, values: list[Tensor], tensors: list[Tensor], conv2d: Callable[..., Tensor]) -> Tensor:
         """Compute it from a tiled weight, by `conv2d_batch_inner` or what stands in for it."""
         tiled = (tensors[i] for i in self.packed)
@@ -182,9 +181,10 @@ def fake_batch_inner(
     batched = inputs[0].dim() == 4
     values = [x if batched else x[None] for x in inputs]
     for step in steps_of(program):
-        tiled = isinstance(step, Conv)
-        convolve = torch.ops.fxsparse.conv2d_batch_inner
-        values.append(step.run_tiled(values, tensors, convolve) if tiled else step.run(values, tensors))
+        if isinstance(step, Conv):
+            values.append(step.run_tiled(values, tensors, torch.ops.fxsparse.conv2d_batch_inner))
+        else:
+            values.append(step.run(values, tensors))
     results = {i: torch.empty_like(_stored(values[i], i in channels_last)) for i in outputs}
     return [results[i] if batched else results[i][0] for i in outputs]
 
