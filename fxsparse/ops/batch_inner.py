@@ -72,8 +72,13 @@ def conv2d_batch_inner(
     groups: int,
     activation: str = "none",
     add: Tensor | None = None,
+    kernel: str = "auto",
+    overlap: bool = True,
 ) -> Tensor:
-    """Compute `activation(conv2d(input, weight, bias) + add)` in plain torch; the result is batch_inner."""
+    """Compute `activation(conv2d(input, weight, bias) + add)` in plain torch; the result is batch_inner.
+
+    `kernel` and `overlap` choose among CUDA kernels: nothing here.
+    """
     weight = untile(tile_values, tile_columns, tiles, tile_rows, weight_shape, groups)
     accumulate = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
     padded = reference.pad(input, padding, "zeros").to(accumulate)

@@ -26,6 +26,8 @@ def _fake(
     groups: int,
     activation: str = "none",
     add: Tensor | None = None,
+    kernel: str = "auto",
+    overlap: bool = True,
 ) -> Tensor:
     torch._check(
         input.dim() == 4,

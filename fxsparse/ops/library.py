@@ -30,7 +30,7 @@ SCHEMAS = {
     "conv2d_batch_inner": (
         "(Tensor input, Tensor tile_values, Tensor tile_columns, Tensor tiles, Tensor tile_rows, Tensor? bias, "
         "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
-        'str activation="none", Tensor? add=None) -> Tensor'
+        'str activation="none", Tensor? add=None, str kernel="auto", bool overlap=True) -> Tensor'
     ),
     "region": "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]",
     "region_batch_inner": (

@@ -39,11 +39,14 @@ struct TiledWeight {
   int64_t tile_count, tile_rows, column_count, value_count; // of the four tables
 };
 
+// Which kernel runs: chosen from device, type and sizes; Hopper's tensor cores with so many positions a tile (compute
+// capability 9.0, 16-bit types); or the one for every device of compute capability 8.0 and later.
+enum class TiledKernel { kChosen, kWgmma64, kWgmma128, kWgmma256, kPortable };
+
 struct TiledConv {
   Conv2dGeometry geometry; // padding_mode must be kZeros
   TiledType type;          // of input, values, bias, add and output; sums are float
-  // Output positions of a tile on tensor cores: 64, 128 or 256, or 0: chosen from the sizes.
-  int32_t tile_positions;
+  TiledKernel kernel;
   // The kernel may start while the one before it on the stream still runs (it waits before it reads or writes
   // activations). Off: only for measuring what that is worth.
   bool overlap;
@@ -59,8 +62,8 @@ struct TiledTensors {
 // Np.
 inline int64_t padded_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
 
-// Why this cannot run, for an error message, or null. Depends on the geometry and the type alone.
-const char *tiled_conv2d_refusal(const TiledConv &conv);
+// Why this cannot run on the current device, for an error message, or null. `tile_rows`: of the weight.
+const char *tiled_conv2d_refusal(const TiledConv &conv, int64_t tile_rows);
 
 // Computes activation(conv2d(input, weight, bias) + add). Picks the kernel by the current device's compute capability.
 // Tables that point outside the tensors stop the kernel with a trap.

@@ -1,0 +1,483 @@
+// Sparse convolution of batch-innermost images on Hopper's tensor cores (sm_90a).
+//
+// Tile: kRowBlocks * 64 output channels that share a list of columns, times kPositions positions (pixel-major, the
+// batch innermost). D[rows][positions] = W[rows][columns] X[columns][positions]: W lies ready in the weight's tables, a
+// row of X is kPositions * 2 bytes of the input, in pieces of at least 16.
+//
+// One persistent CTA an SM has two independent pairs of warpgroups, each with a ring of stages: a producer gathers X by
+// cp.async into the layout that wgmma reads, a consumer multiplies and stores. A pair takes every other tile, so that
+// one pair's epilogue runs under the other's main loop. The weights and decoded columns of a row tile stay in shared
+// memory for all position tiles that the CTA has of it; where they leave too little room for the rings, they go through
+// the rings with the gathered rows ("streamed").
+//
+// Roofline: the gather moves 2 bytes a column and position from L2 for 64 (128) rows: at 64 rows L2 bounds before the
+// tensor cores do; layers with few columns are bound by the memory that input and output need once.
+#pragma once
+
+#include "ptx.h"
+#include "tiled_epilogue.h"
+#include "tiled_gather.h"
+#include "wgmma.h"
+
+#include <climits>
+
+namespace fxsparse::cuda {
+
+inline constexpr int kWarpgroup = 128;
+inline constexpr int kPairs = 2;
+inline constexpr int kWgmmaThreads = 2 * kPairs * kWarpgroup; // consumers, then producers
+inline constexpr int kBlockRows = 64;                         // of one wgmma
+inline constexpr int kSubTile = 64;                           // positions in one swizzled row of 128 bytes
+inline constexpr int kSharedBytes = 227 * 1024;
+inline constexpr int kMostStages = 8, kFewestResidentStages = 3;
+inline constexpr int kConsumerRegisters = 184, kProducerRegisters = 72;
+// What a tile costs besides its columns, in columns: shares the tiles out over the CTAs.
+inline constexpr int kTileOverhead = 48;
+
+template <int kPositions_, int kRowBlocks_> struct WgmmaTile {
+  static constexpr int kPositions = kPositions_, kRowBlocks = kRowBlocks_;
+  static constexpr int kRows = kBlockRows * kRowBlocks;
+  static constexpr int kUnits = kPositions / 8;
+  static constexpr int kSubTiles = kPositions / kSubTile;
+  static constexpr int kStageColumns = kPositions == 256 ? 32 : 64;
+  static constexpr int kInputBytes = kStageColumns * kPositions * 2;
+  static constexpr int kWeightBytes = kStageColumns * kRows * 2;
+  // wgmma of 256 columns takes more registers than 512 threads leave: two of 128 do it.
+  static constexpr int kProductPositions = kPositions < 128 ? 64 : 128;
+  static constexpr int kProducts = kPositions / kProductPositions;
+  // Added tensors come through the ring too.
+  static constexpr int kAddRows = kInputBytes / (kPositions * 2), kAddStages = kRows / kAddRows;
+};
+
+// What a CTA computes: from position tile `first` of row tile `first_row_tile` on, in steps of `step`, through the row
+// tiles between, until before position tile `end` of row tile `last_row_tile` (none: less than the first).
+struct CtaShare {
+  int first_row_tile, first, last_row_tile, end, step;
+};
+
+// Shared memory behind the rings (and the weights that stay).
+template <class Tile> struct WgmmaFixed {
+  uint64_t full[kPairs][kMostStages], empty[kPairs][kMostStages];
+  uint64_t weights_full, weights_empty;
+  CtaShare share;
+  int most_columns;               // of a row tile, padded
+  int row_starts[kMaxKernel + 1]; // columns of the row tile before each kernel row
+  int channels[Tile::kRows];
+  float bias[Tile::kRows];
+  alignas(128) uint8_t staging[kPairs][4][16 * kSubTile * 2]; // of a consumer's warps
+};
+
+template <class Tile> inline constexpr int kRingBytes = (kSharedBytes - int(sizeof(WgmmaFixed<Tile>))) / 1024 * 1024;
+
+// How the dynamic shared memory is used: rings from 0 on, then weights and columns where they stay.
+struct WgmmaLayout {
+  bool streamed;
+  int stages, stage_bytes, weights, columns;
+};
+
+template <class Tile> __device__ __forceinline__ WgmmaLayout wgmma_layout(int most_columns) {
+  constexpr int kBytes = kRingBytes<Tile>;
+  const int weight_bytes = most_columns * Tile::kRows * 2, column_bytes = most_columns * int(sizeof(Column));
+  const int resident = (kBytes - weight_bytes - column_bytes) / (kPairs * Tile::kInputBytes);
+  WgmmaLayout layout;
+  layout.streamed = most_columns > kBytes / (Tile::kRows * 2) || resident < kFewestResidentStages;
+  layout.stage_bytes = Tile::kInputBytes + (layout.streamed ? Tile::kWeightBytes : 0);
+  layout.stages = min(layout.streamed ? kBytes / (kPairs * layout.stage_bytes) : resident, kMostStages);
+  layout.weights = kPairs * layout.stages * layout.stage_bytes;
+  layout.columns = layout.weights + weight_bytes;
+  return layout;
+}
+
+struct WgmmaCall {
+  GatherShape shape;
+  TiledWeight weight;
+  TiledTensors tensors;
+  Activation activation;
+};
+
+// A slot of a ring and the parity of its turn.
+struct RingTurn {
+  int slot = 0, parity = 0;
+
+  __device__ __forceinline__ void advance(int stages) {
+    if (++slot == stages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// A range [first, end).
+struct Range {
+  int first, end;
+};
+
+__device__ __forceinline__ Range position_tiles_of(const CtaShare &share, int row_tile, int position_tiles) {
+  return {row_tile == share.first_row_tile ? share.first : 0,
+          row_tile == share.last_row_tile ? share.end : position_tiles};
+}
+
+// The stages of a row tile that hold a kernel row which a tile's positions meet; at least one, so that sums are
+// written.
+template <class Tile>
+__device__ __forceinline__ Range stages_of(const GatherShape &shape, const int *row_starts, int tile) {
+  const int first_unit = tile * Tile::kUnits;
+  const TapRange rows = kernel_rows_met(shape, first_unit, first_unit + Tile::kUnits - 1);
+  const int all = max((row_starts[shape.kernel_height] + Tile::kStageColumns - 1) / Tile::kStageColumns, 1);
+  const int first = min(row_starts[rows.first] / Tile::kStageColumns, all - 1);
+  const int end = (row_starts[rows.last] + Tile::kStageColumns - 1) / Tile::kStageColumns;
+  return {first, max(min(end, all), first + 1)};
+}
+
+template <typename T, class Reduce> __device__ __forceinline__ T reduce_warp(T value, const Reduce &reduce) {
+  for (int distance = 16; distance > 0; distance /= 2)
+    value = reduce(value, __shfl_xor_sync(~0u, value, distance));
+  return value;
+}
+
+// One warp works out what the CTA does, and the most columns of any row tile. A CTA gets a run of the line of all
+// tiles, by cost. Few row tiles of like cost get CTAs of their own instead, which walk the positions side by side: what
+// one CTA has read others find in L2.
+__device__ __forceinline__ CtaShare share_tiles(const TiledWeight &weight, int position_tiles, int &most_columns) {
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  const auto smaller = [](auto a, auto b) { return a < b ? a : b; };
+  const int lane = int(threadIdx.x) % 32, count = int(weight.tile_count);
+  const int64_t grid = gridDim.x, cta = blockIdx.x;
+  int64_t total = 0;
+  int most = 0, least = INT_MAX;
+  for (int i = lane; i < count; i += 32) {
+    const int columns = row_tile(weight, i).padded_columns;
+    total += columns + kTileOverhead;
+    most = max(most, columns), least = min(least, columns);
+  }
+  most = reduce_warp(most, larger), least = reduce_warp(least, smaller);
+  most_columns = most;
+  if (count <= 4 && grid % count == 0 && most - least <= kColumnStep) {
+    const int own = int(cta % count);
+    return {own, int(cta / count), own, position_tiles, int(grid / count)};
+  }
+  total = reduce_warp(total, [](int64_t a, int64_t b) { return a + b; });
+  // Row tile and position tile in one number. A tile belongs to the CTA that its middle falls to.
+  int64_t first = INT64_MAX, end = -1, before = 0;
+  for (int base = 0; base < count; base += 32) {
+    const int i = base + lane;
+    const int64_t cost = i < count ? row_tile(weight, i).padded_columns + kTileOverhead : 0;
+    int64_t through = cost;
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, through, distance);
+      through += lane >= distance ? other : 0;
+    }
+    if (i < count) {
+      const int64_t start = (before + through - cost) * position_tiles;
+      const auto first_of = [&](int64_t owner) { // first position tile of CTA `owner` or a later one
+        const int64_t ahead = 2 * owner * total * position_tiles - grid * (2 * start + cost);
+        const int64_t tile = ahead <= 0 ? 0 : (ahead + 2 * grid * cost - 1) / (2 * grid * cost);
+        return smaller(tile, int64_t(position_tiles));
+      };
+      const int64_t own_first = first_of(cta), own_end = first_of(cta + 1);
+      if (own_first < own_end) {
+        first = smaller(first, int64_t(i) << 32 | own_first);
+        end = larger(end, int64_t(i) << 32 | own_end);
+      }
+    }
+    before += __shfl_sync(~0u, through, 31);
+  }
+  first = reduce_warp(first, smaller), end = reduce_warp(end, larger);
+  if (end < 0)
+    return {0, 0, -1, 0, 1};
+  return {int(first >> 32), int(first & 0xffffffff), int(end >> 32), int(end & 0xffffffff), 1};
+}
+
+// Makes the tables of a row tile in shared memory: decoded columns (unless streamed), where each kernel row's columns
+// start, output channels and bias. All producers call it.
+template <typename T, class Tile>
+__device__ __forceinline__ void load_tables(const WgmmaCall &call, const RowTile &tile, bool streamed, Column *columns,
+                                            WgmmaFixed<Tile> &fixed) {
+  const int thread = int(threadIdx.x) - kPairs * kWarpgroup;
+  const int32_t *words = call.weight.columns + tile.first_column;
+  for (int i = thread; i < tile.padded_columns; i += kPairs * kWarpgroup) {
+    const int32_t word = __ldg(words + i);
+    if (!streamed)
+      columns[i] = decode_column(call.shape, word);
+    if (i < tile.columns) {
+      const int before = i == 0 ? -1 : min(kernel_row_of(__ldg(words + i - 1)), call.shape.kernel_height - 1);
+      const int end = i == tile.columns - 1 ? call.shape.kernel_height : kernel_row_of(word);
+      for (int r = before + 1; r <= min(end, call.shape.kernel_height); ++r)
+        fixed.row_starts[r] = i == tile.columns - 1 && r > kernel_row_of(word) ? tile.columns : i;
+    }
+  }
+  if (tile.columns == 0 && thread <= call.shape.kernel_height)
+    fixed.row_starts[thread] = 0;
+  if (thread < Tile::kRows) {
+    const int channel = output_channel(call.shape, call.weight, tile.first_row + thread);
+    const T *bias = static_cast<const T *>(call.tensors.bias);
+    fixed.channels[thread] = channel;
+    fixed.bias[thread] = bias != nullptr && channel >= 0 ? widen(__ldg(bias + channel)) : 0.f;
+  }
+}
+
+// Gathers the rows of X (and what is added) for every other tile of the CTA into a ring.
+template <typename T, class Tile>
+__device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> &fixed, uint8_t *shared,
+                                        const WgmmaLayout &layout, int position_tiles) {
+  constexpr int kSubTiles = Tile::kSubTiles, kRowsPerThread = Tile::kStageColumns / 16;
+  const int pair = int(threadIdx.x) / kWarpgroup - kPairs, thread = int(threadIdx.x) % kWarpgroup;
+  // Eight threads copy 128 bytes of a row: unit u of row k goes to unit u ^ (k % 8) of the row's 128 bytes.
+  const int row = thread / 8, unit = thread % 8;
+  const uint32_t ring = shared_address(shared) + pair * layout.stages * layout.stage_bytes;
+  const uint32_t to = ring + row * 128 + (unit ^ (row % 8)) * kUnitBytes;
+  const uint32_t full = shared_address(fixed.full[pair]), empty = shared_address(fixed.empty[pair]);
+  const uint32_t weights_full = shared_address(&fixed.weights_full),
+                 weights_empty = shared_address(&fixed.weights_empty);
+  const uint4 *input = static_cast<const uint4 *>(call.tensors.input);
+  const uint4 *add = static_cast<const uint4 *>(call.tensors.add);
+  Column *columns = reinterpret_cast<Column *>(shared + layout.columns);
+  const CtaShare share = fixed.share;
+  RingTurn turn;
+  int turns = 0, weights_parity = 1;
+  for (int i = share.first_row_tile; i <= share.last_row_tile; ++i) {
+    const RowTile tile = row_tile(call.weight, i);
+    const uint8_t *values = static_cast<const uint8_t *>(call.weight.values) + tile.first_value * sizeof(T);
+    const int32_t *words = call.weight.columns + tile.first_column;
+    wait(weights_empty, weights_parity);
+    weights_parity ^= 1;
+    const bool loads_weights = pair == 0 && thread == 0 && !layout.streamed;
+    if (loads_weights) {
+      const uint32_t bytes = uint32_t(tile.padded_columns) * Tile::kRows * sizeof(T);
+      arrive_and_expect(weights_full, bytes);
+      copy_bulk(shared_address(shared) + layout.weights, values, bytes, weights_full);
+    }
+    load_tables<T, Tile>(call, tile, layout.streamed, columns, fixed);
+    meet<kPairs * kWarpgroup>(1);
+    if (!loads_weights)
+      arrive(weights_full);
+    if (i == share.first_row_tile)
+      wait_for_dependencies(); // all before reads the weight only
+    const Range tiles = position_tiles_of(share, i, position_tiles);
+    for (int t = tiles.first; t < tiles.end; t += share.step, ++turns) {
+      if (turns % kPairs != pair)
+        continue;
+      Position positions[kSubTiles];
+#pragma unroll
+      for (int z = 0; z < kSubTiles; ++z)
+        positions[z] = position_of(call.shape, t * Tile::kUnits + z * 8 + unit);
+      const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
+      for (int stage = stages.first; stage < stages.end; ++stage) {
+        Column own[kRowsPerThread];
+#pragma unroll
+        for (int k = 0; k < kRowsPerThread; ++k) {
+          const int column = stage * Tile::kStageColumns + k * 16 + row;
+          own[k] = layout.streamed ? decode_column(call.shape, __ldg(words + column)) : columns[column];
+        }
+        const uint32_t slot = turn.slot * layout.stage_bytes, slot_full = full + turn.slot * 8;
+        wait(empty + turn.slot * 8, turn.parity ^ 1);
+        if (layout.streamed && thread == 0) {
+          arrive_and_expect(slot_full, Tile::kWeightBytes);
+          copy_bulk(ring + slot + Tile::kInputBytes, values + stage * Tile::kWeightBytes, Tile::kWeightBytes,
+                    slot_full);
+        }
+#pragma unroll
+        for (int k = 0; k < kRowsPerThread; ++k)
+#pragma unroll
+          for (int z = 0; z < kSubTiles; ++z) {
+            const bool meets = positions[z].meets(own[k]);
+            const uint32_t from = meets ? positions[z].base + own[k].offset : 0;
+            copy_unit_async(to + slot + z * (Tile::kStageColumns * 128) + k * 2048, input + from, meets);
+          }
+        arrive_after_copies(slot_full);
+        turn.advance(layout.stages);
+      }
+      if (add == nullptr)
+        continue;
+      // As the sums' rows: per 64 positions 128 bytes a row, swizzled like the input.
+      constexpr int kRowStep = kWarpgroup / Tile::kUnits;
+      const int add_unit = thread % Tile::kUnits, add_row = thread / Tile::kUnits;
+      const int stored = stored_at(call.shape, t * Tile::kUnits + add_unit);
+      const uint32_t sub_tile = ring + add_unit / 8 * (Tile::kAddRows * 128);
+      for (int s = 0; s < Tile::kAddStages; ++s, turn.advance(layout.stages)) {
+        const uint32_t slot = turn.slot * layout.stage_bytes, slot_full = full + turn.slot * 8;
+        wait(empty + turn.slot * 8, turn.parity ^ 1);
+        if (layout.streamed && thread == 0)
+          arrive(slot_full);
+#pragma unroll
+        for (int m = add_row; m < Tile::kAddRows; m += kRowStep) {
+          const int channel = fixed.channels[s * Tile::kAddRows + m];
+          const bool real = channel >= 0 && stored >= 0;
+          const uint32_t from = real ? uint32_t(stored) + uint32_t(channel) * uint32_t(call.shape.units) : 0;
+          copy_unit_async(sub_tile + slot + m * 128 + ((add_unit ^ m) % 8) * kUnitBytes, add + from, real);
+        }
+        arrive_after_copies(slot_full);
+      }
+    }
+  }
+}
+
+// Multiplies what a pair's producer has gathered, and stores.
+template <typename T, class Tile>
+__device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> &fixed, uint8_t *shared,
+                                        const WgmmaLayout &layout, int position_tiles) {
+  constexpr int kProducts = Tile::kProducts, kSums = Tile::kProductPositions / 2;
+  const int pair = int(threadIdx.x) / kWarpgroup, thread = int(threadIdx.x) % kWarpgroup;
+  const int warp = thread / 32, lane = thread % 32;
+  const uint32_t ring = shared_address(shared) + pair * layout.stages * layout.stage_bytes;
+  const uint32_t staging = shared_address(fixed.staging[pair][warp]);
+  const uint32_t full = shared_address(fixed.full[pair]), empty = shared_address(fixed.empty[pair]);
+  const bool adds = call.tensors.add != nullptr;
+  uint4 *output = static_cast<uint4 *>(call.tensors.output);
+  // Where the weights of a stage lie: beside its input, or a row tile's stages one after the other.
+  const uint32_t weights = layout.streamed ? ring + Tile::kInputBytes : shared_address(shared) + layout.weights;
+  const CtaShare share = fixed.share;
+  RingTurn turn;
+  int turns = 0, weights_parity = 0;
+  for (int i = share.first_row_tile; i <= share.last_row_tile; ++i) {
+    wait(shared_address(&fixed.weights_full), weights_parity);
+    weights_parity ^= 1;
+    const Range tiles = position_tiles_of(share, i, position_tiles);
+    for (int t = tiles.first; t < tiles.end; t += share.step, ++turns) {
+      if (turns % kPairs != pair)
+        continue;
+      float sums[Tile::kRowBlocks][kProducts][kSums];
+      const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
+      int previous = -1;
+      for (int stage = stages.first; stage < stages.end; ++stage) {
+        const uint32_t slot = turn.slot * layout.stage_bytes;
+        const uint32_t a = weights + (layout.streamed ? slot : stage * Tile::kWeightBytes);
+        const uint32_t b = ring + slot;
+        wait(full + turn.slot * 8, turn.parity);
+        fence_copies();
+        fence_products();
+#pragma unroll
+        for (int k = 0; k < Tile::kStageColumns / 16; ++k)
+#pragma unroll
+          for (int m = 0; m < Tile::kRowBlocks; ++m)
+#pragma unroll
+            for (int n = 0; n < kProducts; ++n) {
+              const uint32_t sub_tile = n * (Tile::kProductPositions / kSubTile) * (Tile::kStageColumns * 128);
+              multiply<T>(
+                  sums[m][n],
+                  matrix_descriptor<false>(a + (k * 2 * Tile::kRows + m * kBlockRows) * 16, Tile::kRows * 16, 128),
+                  matrix_descriptor<true>(b + sub_tile + k * 2048, Tile::kStageColumns * 128, 1024),
+                  stage > stages.first || k > 0);
+            }
+        commit_products();
+        if (previous >= 0) {
+          wait_for_products<1>();
+          if (thread == 0)
+            arrive(empty + previous * 8);
+        }
+        previous = turn.slot;
+        turn.advance(layout.stages);
+      }
+      wait_for_products<0>();
+      if (thread == 0)
+        arrive(empty + previous * 8);
+
+#pragma unroll
+      for (int m = 0; m < Tile::kRowBlocks; ++m) {
+        // Of the 16 rows of this warp: a thread's sums are in rows lane / 4 and 8 more, what it stores in lane / 8 + 4
+        // i.
+        const int first_row = m * kBlockRows + warp * 16;
+        const float bias[2] = {fixed.bias[first_row + lane / 4], fixed.bias[first_row + lane / 4 + 8]};
+        uint32_t added = 0;
+        constexpr int kAddStagesPerBlock = Tile::kAddStages / Tile::kRowBlocks;
+        RingTurn add_turn = turn;
+        if (adds) {
+          // All stages of the block are waited for, so that all threads keep the ring's time.
+#pragma unroll
+          for (int s = 0; s < kAddStagesPerBlock; ++s) {
+            wait(full + turn.slot * 8, turn.parity);
+            if (first_row % kBlockRows / Tile::kAddRows == s)
+              added = ring + turn.slot * layout.stage_bytes + first_row % Tile::kAddRows * 128;
+            turn.advance(layout.stages);
+          }
+        }
+#pragma unroll
+        for (int z = 0; z < Tile::kSubTiles; ++z) {
+          const int stored = stored_at(call.shape, t * Tile::kUnits + z * 8 + lane % 8);
+          const float *part =
+              &sums[m][z * kSubTile / Tile::kProductPositions][z * kSubTile % Tile::kProductPositions / 2];
+          // Two units of 16 rows at a time, as four 8x8 matrices.
+          const int matrix_row = lane % 16;
+#pragma unroll
+          for (int j = 0; j < 8; j += 2) {
+            const uint32_t at = matrix_row * 128 + ((j + lane / 16) ^ (matrix_row % 8)) * kUnitBytes;
+            float values[8];
+#pragma unroll
+            for (int v = 0; v < 8; ++v)
+              values[v] = part[j * 4 + v] + bias[v / 2 % 2];
+            if (adds) {
+              uint32_t pairs[4];
+              load_matrices(pairs, added + z * (Tile::kAddRows * 128) + at);
+#pragma unroll
+              for (int v = 0; v < 4; ++v) {
+                const float2 both = Pair<T>::unpack(pairs[v]);
+                values[2 * v] += both.x, values[2 * v + 1] += both.y;
+              }
+            }
+            activate(call.activation, values);
+            uint32_t packed[4];
+#pragma unroll
+            for (int v = 0; v < 4; ++v)
+              packed[v] = Pair<T>::pack(values[2 * v], values[2 * v + 1]);
+            store_matrices(staging + at, packed);
+          }
+          __syncwarp();
+#pragma unroll
+          for (int s = 0; s < 4; ++s) {
+            const int m_row = s * 4 + lane / 8, channel = fixed.channels[first_row + m_row];
+            const uint4 eight = load_unit(staging + m_row * 128 + ((lane % 8) ^ (m_row % 8)) * kUnitBytes);
+            if (channel >= 0 && stored >= 0)
+              output[uint32_t(stored) + uint32_t(channel) * uint32_t(call.shape.units)] = eight;
+          }
+          __syncwarp();
+        }
+        if (adds) {
+          meet<kWarpgroup>(2 + pair);
+          if (thread == 0)
+#pragma unroll
+            for (int s = 0; s < kAddStagesPerBlock; ++s, add_turn.advance(layout.stages))
+              arrive(empty + add_turn.slot * 8);
+        }
+      }
+    }
+    meet<kWarpgroup>(2 + pair);
+    if (thread == 0)
+      arrive(shared_address(&fixed.weights_empty));
+  }
+}
+
+template <typename T, class Tile>
+__global__ void __launch_bounds__(kWgmmaThreads, 1) tiled_wgmma_kernel(const WgmmaCall call, int position_tiles) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  auto &fixed = *reinterpret_cast<WgmmaFixed<Tile> *>(shared + kRingBytes<Tile>);
+  const int thread = int(threadIdx.x);
+  let_dependents_launch();
+  if (thread < 32) {
+    const CtaShare share = share_tiles(call.weight, position_tiles, fixed.most_columns);
+    if (thread == 0)
+      fixed.share = share;
+  }
+  __syncwarp();
+  if (thread < kPairs * kMostStages) {
+    const int pair = thread / kMostStages, slot = thread % kMostStages;
+    const bool streamed = wgmma_layout<Tile>(fixed.most_columns).streamed;
+    // Streamed stages have one more arrival: that of their weights.
+    init_barrier(shared_address(&fixed.full[pair][slot]), kWarpgroup + int(streamed));
+    init_barrier(shared_address(&fixed.empty[pair][slot]), 1);
+  } else if (thread == kPairs * kMostStages) {
+    init_barrier(shared_address(&fixed.weights_full), kPairs * kWarpgroup);
+    init_barrier(shared_address(&fixed.weights_empty), kPairs);
+  }
+  fence_barriers();
+  __syncthreads();
+  const WgmmaLayout layout = wgmma_layout<Tile>(fixed.most_columns);
+  if (thread >= kPairs * kWarpgroup) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
+    produce<T, Tile>(call, fixed, shared, layout, position_tiles);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
+    consume<T, Tile>(call, fixed, shared, layout, position_tiles);
+  }
+}
+
+} // namespace fxsparse::cuda
