@@ -6,10 +6,11 @@
 namespace fxsparse::cuda {
 
 // Every kernel that is launched so calls this first: nothing that an earlier kernel reads or writes is touched before.
+// Only then may the next one begin, which may read weights before it waits: writes to these have ended by now.
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 
