@@ -22,6 +22,7 @@ COMMANDS = {
     "sizes": "bytes on disk: dense, converted and frozen",
     "networks": "whole networks: dense, step by step, and with epilogues and regions",
     "cpu": "pruned networks against the best dense engines of the CPU: eager, compiled, onnxruntime, OpenVINO",
+    "cuda": "on a GPU: single convolutions between batch-innermost images against cuDNN",
     "tuner": "how often calibration changes its mind, and what its choices cost",
     "never-slower": "20 models at every density: the calibrated model must not be slower than the vanilla one",
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
 import tiles_emulator
 import torch
 import torch.nn.functional as F
@@ -12,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import fxsparse
-from fxsparse import FxsparseError
-from fxsparse.ops import batch_inner, tiles
-from fxsparse.ops.packing import pack
-from fxsparse.ops.reference import ACTIVATIONS
-from fxsparse.regrouping import Block, Regrouping
+from fxsparse.ops import tiles
 
 OP = torch.ops.fxsparse.conv2d_batch_inner
 
