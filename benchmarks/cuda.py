@@ -1,4 +1,4 @@
-"""Single convolutions on a GPU: `python -m benchmarks cuda --layers`.
+"""Pruned networks on a GPU (`cuda_networks.py`), and single convolutions: `python -m benchmarks cuda [--layers]`.
 
 The four 3x3 shapes of ResNet-50 and 1x1 ones around them, in bfloat16 (or another dtype), under masks in groups of rows
 that share random columns. The dense side is the fastest of cuDNN's (NCHW and channels_last, `cudnn.benchmark` on); ours is
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks import cuda_networks
 from benchmarks.layers import LAYERS, Layer
 from fxsparse.ops import batch_inner, tiles
 from fxsparse.ops.packing import pack
@@ -62,21 +63,25 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--layers", action="store_true", help="single convolutions")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="names of the layers")
-    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256], help="batch sizes")
-    parser.add_argument("--density", type=float, nargs="+", default=[0.1], help="shares kept")
-    parser.add_argument("--rows", type=int, nargs="+", default=[64], help="rows that share their columns")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    cuda_networks.add_arguments(parser)
+    layers = parser.add_argument_group("single convolutions")
+    layers.add_argument("--layers", action="store_true", help="instead: single convolutions")
+    layers.add_argument("--only", default="*", metavar="GLOB", help="names of the layers")
+    layers.add_argument("--batch", type=int, nargs="+", default=[64, 256], help="batch sizes")
+    layers.add_argument("--density", type=float, nargs="+", default=[0.1], help="shares kept")
+    layers.add_argument("--rows", type=int, nargs="+", default=[64], help="rows that share their columns")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure, print the table, return the numbers."""
     if not torch.cuda.is_available():
         raise SystemExit("`python -m benchmarks cuda` needs a CUDA device.")
+    if not arguments.layers:
+        return cuda_networks.run(arguments, DTYPES[arguments.dtype])
     cases = []
     for layer in SHAPES:
-        if arguments.layers and fnmatch.fnmatchcase(layer.name, arguments.only):
+        if fnmatch.fnmatchcase(layer.name, arguments.only):
             for batch in arguments.batch:
                 cases += measure_layer(layer, batch, arguments)
                 arguments.results.save({"ok": False, "layers": [dataclasses.asdict(case) for case in cases]})
