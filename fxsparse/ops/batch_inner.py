@@ -96,9 +96,9 @@ def untile(
     out_channels, group_channels, height, width = weight_shape
     lanes = len(tile_rows) // max(len(tiles), 1)
     dense = tile_values.new_zeros(out_channels, groups * group_channels, height, width)
-    for first_column, count, first_value, first_row in tiles.tolist():
+    for t, (first_column, count, first_value, _) in enumerate(tiles.tolist()):
         words = tile_columns[first_column : first_column + count].long()
-        rows = tile_rows[first_row : first_row + lanes].long()
+        rows = tile_rows[t * lanes : (t + 1) * lanes].long()
         size = -(-max(count, 1) // COLUMN_STEP) * COLUMN_STEP * lanes
         values = tile_values[first_value : first_value + size]
         if tile_values.dtype in (torch.bfloat16, torch.float16):

@@ -8,7 +8,7 @@ their columns until they fill a tile, and residual weights are columns like othe
 | --- | --- | --- |
 | `values` | float [V] | per tile, K = its columns padded to a multiple of 64: [K / 8][rows][8 columns]; float32: [K][rows] |
 | `columns` | int32 [.] | per tile K words `r << 27 \\| s << 23 \\| c`: kernel row, kernel column, input channel of all groups |
-| `tiles` | int64 [T, 4] | first column, number of columns without padding, first value, first row |
+| `tiles` | int64 [T, 4] | first column, columns without padding, first value, the most padded columns of a tile |
 | `rows` | int32 [rows * T] | output channel, or -1 |
 | `places` | int32 [V] | index into the packed values with one zero behind them: `tiled_values` after a weight has changed |
 """
@@ -112,6 +112,10 @@ def tiled_values(values: Tensor, places: Tensor) -> Tensor:
     return torch.cat([values, values.new_zeros(1)]).index_select(0, places)
 
 
+def _padded(columns: int) -> int:
+    return max(-(-columns // COLUMN_STEP), 1) * COLUMN_STEP
+
+
 def _cost(chunks: list[_Chunk]) -> int:
     return sum(len(chunk.columns) + _FIXED_COLUMNS for chunk in chunks)
 
@@ -169,10 +173,11 @@ class _Source:
         nothing = self._packed.values.numel()
         columns, tiles, rows, places = [], [], [], []
         first_column = first_value = 0
-        for i, chunk in enumerate(chunks):
+        most = max((_padded(len(chunk.columns)) for chunk in chunks), default=0)
+        for chunk in chunks:
             count = len(chunk.columns)
-            padded = max(-(-count // COLUMN_STEP), 1) * COLUMN_STEP
-            tiles.append((first_column, count, first_value, i * tile_rows))
+            padded = _padded(count)
+            tiles.append((first_column, count, first_value, most))
             columns.append(np.append(chunk.columns, np.full(padded - count, PADDING_COLUMN)))
             rows.append(np.append(self._rows[chunk.lanes, 0], np.full(tile_rows - len(chunk.lanes), -1)))
             places.append(self._places(chunk, padded, tile_rows, nothing))
@@ -280,15 +285,17 @@ def _describe_invalid(
     words, real = columns.cpu().numpy(), np.sort(rows.cpu().numpy())
     if not np.array_equal(real[real >= 0], np.arange(out_channels)):
         return f"'rows' does not have each of the {out_channels} output channels once"
-    for t, (first, count, value, row) in enumerate(tiles.tolist()):
-        padded = max(-(-count // COLUMN_STEP), 1) * COLUMN_STEP
-        if first < 0 or count < 0 or first + padded > len(words):
-            return f"tile {t} has columns [{first}, +{padded}), but 'columns' has {len(words)} entries"
-        if value < 0 or value % 8 or value + padded * lanes > values:
-            return f"tile {t} has values [{value}, +{padded * lanes}), but there are {values}"
-        if row != t * lanes:
-            return f"tile {t} has first row {row}, expected {t * lanes}"
-        own, behind = words[first : first + count], words[first + count : first + padded]
+    padded = [_padded(count) for count in tiles[:, 1].clamp(0, len(words)).tolist()]
+    next_column = 0
+    for t, (first, count, value, most) in enumerate(tiles.tolist()):
+        if first != next_column or count < 0 or first + padded[t] > len(words):
+            return f"tile {t} has columns [{first}, +{count}), expected them from {next_column} on, of {len(words)}"
+        next_column += padded[t]
+        if value < 0 or value % 8 or value + padded[t] * lanes > values:
+            return f"tile {t} has values [{value}, +{padded[t] * lanes}), but there are {values}"
+        if most != max(padded):
+            return f"tile {t} says that tiles have {most} columns, expected {max(padded)}"
+        own, behind = words[first : first + count], words[first + count : next_column]
         r, s, c = own >> ROW_SHIFT, own >> TAP_SHIFT & 15, own & LARGEST_CHANNELS - 1
         inside = (own >= 0) & (r < height) & (s < width) & (c < group_channels * groups)
         if not inside.all() or (own[1:] <= own[:-1]).any():

@@ -47,7 +47,7 @@ def run(
     x = pixel % out_width * stride[1] - padding[2]
     base = (y * width + x) * channels * units + lane_unit
     stored = (pixel * out_channels) * units + lane_unit
-    for first_column, count, first_value, first_row in tiled.tiles.tolist():
+    for t, (first_column, count, first_value, _) in enumerate(tiled.tiles.tolist()):
         columns = tiled.columns[first_column : first_column + max(-(-count // COLUMN_STEP), 1) * COLUMN_STEP].long()
         values = tiled.values[first_value : first_value + len(columns) * tiled.tile_rows].double()
         if tiled.values.dtype in (torch.bfloat16, torch.float16):
@@ -56,7 +56,7 @@ def run(
         assert bool((columns[count:] == PADDING_COLUMN).all()) and not matrix[count:].any()
         assert bool((columns[:count].diff() > 0).all())
         r, s, c = columns >> 27, columns >> 23 & 15, columns & (1 << 23) - 1
-        rows = tiled.rows[first_row : first_row + tiled.tile_rows].long()
+        rows = tiled.rows[t * tiled.tile_rows : (t + 1) * tiled.tile_rows].long()
         for start in range(0, len(unit), positions // UNIT):
             part = slice(start, start + positions // UNIT)
             at_y, at_x = y[part] + r[:, None] * dilation[0], x[part] + s[:, None] * dilation[1]

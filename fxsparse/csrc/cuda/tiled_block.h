@@ -20,6 +20,7 @@ struct TiledCall {
 struct TiledBlock {
   RowTile tile;
   int first_row;  // of the row tile's rows: 0 or 64
+  int first_lane; // of all rows
   int first_unit; // of positions
 };
 
@@ -36,7 +37,7 @@ template <int kUnits> __device__ __forceinline__ TiledBlock block_of(const Tiled
   const uint32_t halves = uint32_t(call.weight.tile_rows) / kBlockTileRows;
   const uint32_t row_parts = uint32_t(call.weight.tile_count) * halves;
   const uint32_t part = blockIdx.x % row_parts;
-  return {row_tile(call.weight, part / halves), int(part % halves) * kBlockTileRows,
+  return {row_tile(call.weight, part / halves), int(part % halves) * kBlockTileRows, int(part) * kBlockTileRows,
           int(blockIdx.x / row_parts) * kUnits};
 }
 

@@ -23,13 +23,15 @@ inline constexpr int kPaddingColumn = 0x7f80'0000; // (15, 15, 0): behind the la
 // Columns are padded to a multiple of this.
 inline constexpr int kColumnStep = 64;
 
-enum TileField { kTileFirstColumn, kTileColumnCount, kTileFirstValue, kTileFirstRow, kTileFields };
+enum TileField { kTileFirstColumn, kTileColumnCount, kTileFirstValue, kTileMostColumns, kTileFields };
 
 enum class TiledType { kBFloat16, kHalf, kFloat };
 
-// All pointers are to device memory. Per tile, with K = its columns rounded up to kColumnStep (at least one step):
+// All pointers are to device memory. Per tile, one after the other, with K = its columns rounded up to kColumnStep (at
+// least one step):
 //   columns[first column, +K): words, kPaddingColumn behind the last;
 //   values[first value, +K * tile_rows): [K / 8][tile_rows][8 columns], float32: [K][tile_rows]; zeros in the padding;
+//   kTileMostColumns: the largest K of all tiles;
 //   rows[tile * tile_rows, +tile_rows): output channels, -1 in the padding.
 struct TiledWeight {
   const void *values;
@@ -41,7 +43,7 @@ struct TiledWeight {
 
 // Which kernel runs: chosen from device, type and sizes; Hopper's tensor cores with so many positions a tile (compute
 // capability 9.0, 16-bit types); or the one for every device of compute capability 8.0 and later.
-enum class TiledKernel { kChosen, kWgmma64, kWgmma128, kWgmma256, kPortable };
+enum class TiledKernel { kChosen, kWgmma64, kWgmma128, kWgmma256, kWgmma64Half, kWgmma128Half, kPortable };
 
 struct TiledConv {
   Conv2dGeometry geometry; // padding_mode must be kZeros

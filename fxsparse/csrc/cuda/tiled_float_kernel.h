@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kFloatThreads, 2) tiled_float_kernel(const Til
     const int stored = stored_at(shape, block.first_unit + first_unit + n * 8);
 #pragma unroll
     for (int m = 0; m < 8; ++m) {
-      const int channel = output_channel(shape, call.weight, block.tile.first_row + block.first_row + first_row + m);
+      const int channel = output_channel(shape, call.weight, block.first_lane + first_row + m);
       if (channel < 0 || stored < 0)
         continue;
       const uint32_t at = uint32_t(stored) + uint32_t(channel) * uint32_t(shape.units);

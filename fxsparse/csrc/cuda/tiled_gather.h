@@ -139,23 +139,21 @@ __device__ __forceinline__ Column decode_column(const GatherShape &s, int32_t wo
 // One row tile, read from the tables and held against their sizes.
 struct RowTile {
   int64_t first_column, first_value;
-  int columns, padded_columns, first_row;
+  int columns, padded_columns, most_columns;
 };
 
-__device__ __forceinline__ int padded_columns(int64_t count) {
-  return max(int((count + kColumnStep - 1) / kColumnStep), 1) * kColumnStep;
-}
-
 __device__ __forceinline__ RowTile row_tile(const TiledWeight &weight, int64_t index) {
-  const int64_t *fields = weight.tiles + index * kTileFields;
-  const int64_t first = fields[kTileFirstColumn], count = fields[kTileColumnCount], value = fields[kTileFirstValue];
+  const longlong2 *fields = reinterpret_cast<const longlong2 *>(weight.tiles + index * kTileFields);
+  const longlong2 columns = __ldg(fields), rest = __ldg(fields + 1);
+  const int64_t first = columns.x, count = columns.y, value = rest.x, most = rest.y;
   const bool counted = count >= 0 && count <= weight.column_count;
-  const int padded = counted ? padded_columns(count) : 0;
+  const int padded = counted ? max(int((count + kColumnStep - 1) / kColumnStep), 1) * kColumnStep : 0;
   const bool inside = counted && first >= 0 && first <= weight.column_count - padded && value >= 0 && value % 8 == 0 &&
-                      value <= weight.value_count - padded * weight.tile_rows;
-  if (!inside || fields[kTileFirstRow] != index * weight.tile_rows)
+                      value <= weight.value_count - padded * weight.tile_rows && padded <= most &&
+                      most <= weight.column_count;
+  if (!inside)
     __trap();
-  return {first, value, int(count), padded, int(fields[kTileFirstRow])};
+  return {first, value, int(count), padded, int(most)};
 }
 
 // The output channel of a lane, -1 in the padding.

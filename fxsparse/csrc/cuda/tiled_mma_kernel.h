@@ -107,7 +107,7 @@ template <typename T> __global__ void __launch_bounds__(kMmaThreads, 2) tiled_mm
 
   const T *bias = static_cast<const T *>(call.tensors.bias);
   const uint32_t *add = static_cast<const uint32_t *>(call.tensors.add);
-  const int tile_row = block.tile.first_row + block.first_row;
+  const int tile_row = block.first_lane;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -124,7 +124,7 @@ template <typename T> __global__ void __launch_bounds__(kMmaThreads, 2) tiled_mm
           const float2 both = Pair<T>::unpack(__ldg(add + at * 4 + lane % 4));
           values[0] += both.x, values[1] += both.y;
         }
-        activate(call.activation, values);
+        activate_rounded(call.activation, values);
         uint32_t *to = reinterpret_cast<uint32_t *>(shared) + m_row * (kMmaUnits * 4) +
                        ((first_unit + n) ^ (m_row % 8)) * 4 + lane % 4;
         *to = Pair<T>::pack(values[0], values[1]);

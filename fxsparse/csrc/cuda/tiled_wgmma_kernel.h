@@ -19,23 +19,22 @@
 #include "tiled_gather.h"
 #include "wgmma.h"
 
-#include <climits>
-
 namespace fxsparse::cuda {
 
 inline constexpr int kWarpgroup = 128;
-inline constexpr int kPairs = 2;
-inline constexpr int kWgmmaThreads = 2 * kPairs * kWarpgroup; // consumers, then producers
-inline constexpr int kBlockRows = 64;                         // of one wgmma
-inline constexpr int kSubTile = 64;                           // positions in one swizzled row of 128 bytes
-inline constexpr int kSharedBytes = 227 * 1024;
+inline constexpr int kBlockRows = 64; // of one wgmma
+inline constexpr int kSubTile = 64;   // positions in one swizzled row of 128 bytes
+// Of one CTA, or of each of two on an SM.
+inline constexpr int kSharedBytes = 227 * 1024, kHalfSharedBytes = 113 * 1024;
 inline constexpr int kMostStages = 8, kFewestResidentStages = 3;
 inline constexpr int kConsumerRegisters = 184, kProducerRegisters = 72;
 // What a tile costs besides its columns, in columns: shares the tiles out over the CTAs.
 inline constexpr int kTileOverhead = 48;
 
-template <int kPositions_, int kRowBlocks_> struct WgmmaTile {
-  static constexpr int kPositions = kPositions_, kRowBlocks = kRowBlocks_;
+template <int kPositions_, int kRowBlocks_, int kPairs_> struct WgmmaTile {
+  static constexpr int kPositions = kPositions_, kRowBlocks = kRowBlocks_, kPairs = kPairs_;
+  static constexpr int kThreads = 2 * kPairs * kWarpgroup; // consumers, then producers
+  static constexpr int kSharedBytes = kPairs == 2 ? cuda::kSharedBytes : kHalfSharedBytes;
   static constexpr int kRows = kBlockRows * kRowBlocks;
   static constexpr int kUnits = kPositions / 8;
   static constexpr int kSubTiles = kPositions / kSubTile;
@@ -53,23 +52,22 @@ template <int kPositions_, int kRowBlocks_> struct WgmmaTile {
 // tiles between, until before position tile `end` of row tile `last_row_tile` (none: less than the first).
 struct CtaShare {
   int first_row_tile, first, last_row_tile, end, step;
+  int most_columns; // of any row tile, padded
 };
 
 // Shared memory behind the rings (and the weights that stay).
 template <class Tile> struct WgmmaFixed {
-  uint64_t full[kPairs][kMostStages], empty[kPairs][kMostStages];
+  uint64_t full[Tile::kPairs][kMostStages], empty[Tile::kPairs][kMostStages];
   uint64_t weights_full, weights_empty;
   CtaShare share;
-  int most_columns;               // of a row tile, padded
-  int row_starts[kMaxKernel + 1]; // columns of the row tile before each kernel row
-  int channels[Tile::kRows];
-  float bias[Tile::kRows];
-  alignas(128) uint8_t staging[kPairs][4][16 * kSubTile * 2]; // of a consumer's warps
+  int row_starts[kMaxKernel + 1];                                   // columns of the row tile before each kernel row
+  alignas(128) uint8_t staging[Tile::kPairs][4][16 * kSubTile * 2]; // of a consumer's warps
 };
 
-template <class Tile> inline constexpr int kRingBytes = (kSharedBytes - int(sizeof(WgmmaFixed<Tile>))) / 1024 * 1024;
+template <class Tile>
+inline constexpr int kRingBytes = (Tile::kSharedBytes - int(sizeof(WgmmaFixed<Tile>))) / 1024 * 1024;
 
-// How the dynamic shared memory is used: rings from 0 on, then weights and columns where they stay.
+// How the shared memory before it is used: rings from 0 on, then weights and columns where they stay.
 struct WgmmaLayout {
   bool streamed;
   int stages, stage_bytes, weights, columns;
@@ -77,14 +75,15 @@ struct WgmmaLayout {
 
 template <class Tile> __device__ __forceinline__ WgmmaLayout wgmma_layout(int most_columns) {
   constexpr int kBytes = kRingBytes<Tile>;
-  const int weight_bytes = most_columns * Tile::kRows * 2, column_bytes = most_columns * int(sizeof(Column));
-  const int resident = (kBytes - weight_bytes - column_bytes) / (kPairs * Tile::kInputBytes);
+  const int column_bytes = Tile::kRows * 2 + int(sizeof(Column));
+  const int room = kBytes - min(most_columns, kBytes / column_bytes) * column_bytes;
+  const int resident = most_columns > kBytes / column_bytes ? 0 : room / (Tile::kPairs * Tile::kInputBytes);
   WgmmaLayout layout;
-  layout.streamed = most_columns > kBytes / (Tile::kRows * 2) || resident < kFewestResidentStages;
+  layout.streamed = resident < kFewestResidentStages;
   layout.stage_bytes = Tile::kInputBytes + (layout.streamed ? Tile::kWeightBytes : 0);
-  layout.stages = min(layout.streamed ? kBytes / (kPairs * layout.stage_bytes) : resident, kMostStages);
-  layout.weights = kPairs * layout.stages * layout.stage_bytes;
-  layout.columns = layout.weights + weight_bytes;
+  layout.stages = min(layout.streamed ? kBytes / (Tile::kPairs * layout.stage_bytes) : resident, kMostStages);
+  layout.weights = Tile::kPairs * layout.stages * layout.stage_bytes;
+  layout.columns = layout.weights + most_columns * Tile::kRows * 2;
   return layout;
 }
 
@@ -129,90 +128,82 @@ __device__ __forceinline__ Range stages_of(const GatherShape &shape, const int *
   return {first, max(min(end, all), first + 1)};
 }
 
-template <typename T, class Reduce> __device__ __forceinline__ T reduce_warp(T value, const Reduce &reduce) {
-  for (int distance = 16; distance > 0; distance /= 2)
-    value = reduce(value, __shfl_xor_sync(~0u, value, distance));
-  return value;
+// Where a CTA's run begins on the line of all tiles, {row tile, position tile}, at the first tile whose middle is not
+// before `at`. One warp calls it with 32 row tiles from `base` on, one a lane; row < 0: behind them all.
+struct TilePoint {
+  int row, tile;
+};
+
+__device__ __forceinline__ TilePoint point_at(float at, float start, float cost, int base, bool real,
+                                              int position_tiles) {
+  const float tiles = ceilf(__fdividef(at - start, cost) - 0.5f);
+  const int tile = tiles <= 0 ? 0 : tiles >= position_tiles ? position_tiles : int(tiles);
+  const uint32_t found = __ballot_sync(~0u, real && tile < position_tiles);
+  const int lane = found == 0 ? 0 : __ffs(found) - 1;
+  return {found == 0 ? -1 : base + lane, __shfl_sync(~0u, tile, lane)};
 }
 
-// One warp works out what the CTA does, and the most columns of any row tile. A CTA gets a run of the line of all
-// tiles, by cost. Few row tiles of like cost get CTAs of their own instead, which walk the positions side by side: what
-// one CTA has read others find in L2.
-__device__ __forceinline__ CtaShare share_tiles(const TiledWeight &weight, int position_tiles, int &most_columns) {
-  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-  const auto smaller = [](auto a, auto b) { return a < b ? a : b; };
-  const int lane = int(threadIdx.x) % 32, count = int(weight.tile_count);
-  const int64_t grid = gridDim.x, cta = blockIdx.x;
-  int64_t total = 0;
-  int most = 0, least = INT_MAX;
-  for (int i = lane; i < count; i += 32) {
-    const int columns = row_tile(weight, i).padded_columns;
-    total += columns + kTileOverhead;
-    most = max(most, columns), least = min(least, columns);
-  }
-  most = reduce_warp(most, larger), least = reduce_warp(least, smaller);
-  most_columns = most;
-  if (count <= 4 && grid % count == 0 && most - least <= kColumnStep) {
-    const int own = int(cta % count);
-    return {own, int(cta / count), own, position_tiles, int(grid / count)};
-  }
-  total = reduce_warp(total, [](int64_t a, int64_t b) { return a + b; });
-  // Row tile and position tile in one number. A tile belongs to the CTA that its middle falls to.
-  int64_t first = INT64_MAX, end = -1, before = 0;
-  for (int base = 0; base < count; base += 32) {
+// One warp works out what the CTA does. A CTA gets a run of the line of all tiles, by cost: a row tile's columns begin
+// where those before it end, so its place on the line is known without a sum. Few row tiles of like cost get CTAs of
+// their own instead, which walk the positions side by side: what one CTA has read others find in L2. Rounding moves a
+// border for both of its neighbours alike.
+__device__ __forceinline__ CtaShare share_tiles(const TiledWeight &weight, int position_tiles) {
+  const int lane = int(threadIdx.x) % 32, count = int(weight.tile_count), grid = int(gridDim.x), cta = int(blockIdx.x);
+  const float total = float(weight.column_count) + float(kTileOverhead) * count;
+  const float per_cta = total * position_tiles / grid;
+  TilePoint first{-1, 0}, end{-1, 0};
+  int most_columns = 0;
+#pragma unroll 1
+  for (int base = 0; base < count && end.row < 0; base += 32) {
     const int i = base + lane;
-    const int64_t cost = i < count ? row_tile(weight, i).padded_columns + kTileOverhead : 0;
-    int64_t through = cost;
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, through, distance);
-      through += lane >= distance ? other : 0;
-    }
-    if (i < count) {
-      const int64_t start = (before + through - cost) * position_tiles;
-      const auto first_of = [&](int64_t owner) { // first position tile of CTA `owner` or a later one
-        const int64_t ahead = 2 * owner * total * position_tiles - grid * (2 * start + cost);
-        const int64_t tile = ahead <= 0 ? 0 : (ahead + 2 * grid * cost - 1) / (2 * grid * cost);
-        return smaller(tile, int64_t(position_tiles));
-      };
-      const int64_t own_first = first_of(cta), own_end = first_of(cta + 1);
-      if (own_first < own_end) {
-        first = smaller(first, int64_t(i) << 32 | own_first);
-        end = larger(end, int64_t(i) << 32 | own_end);
+    const bool real = i < count;
+    const RowTile tile = row_tile(weight, real ? i : 0);
+    most_columns = tile.most_columns;
+    const float cost = float(tile.padded_columns + kTileOverhead);
+    if (count <= 4 && grid % count == 0) {
+      const bool alike = abs(tile.padded_columns - __shfl_sync(~0u, tile.padded_columns, 0)) <= kColumnStep;
+      if (__all_sync(~0u, alike || !real)) {
+        const int own = cta % count;
+        return {own, cta / count, own, position_tiles, grid / count, most_columns};
       }
     }
-    before += __shfl_sync(~0u, through, 31);
+    const float start = (float(tile.first_column) + float(kTileOverhead) * i) * position_tiles;
+    if (first.row < 0)
+      first = point_at(per_cta * cta, start, cost, base, real, position_tiles);
+    if (cta + 1 < grid)
+      end = point_at(per_cta * (cta + 1), start, cost, base, real, position_tiles);
   }
-  first = reduce_warp(first, smaller), end = reduce_warp(end, larger);
-  if (end < 0)
-    return {0, 0, -1, 0, 1};
-  return {int(first >> 32), int(first & 0xffffffff), int(end >> 32), int(end & 0xffffffff), 1};
+  if (first.row < 0)
+    return {0, 0, -1, 0, 1, most_columns};
+  if (end.row < 0)
+    end = {count - 1, position_tiles};
+  else if (end.tile == 0)
+    end = {end.row - 1, position_tiles};
+  return {first.row, first.tile, end.row, end.tile, 1, most_columns};
 }
 
-// Makes the tables of a row tile in shared memory: decoded columns (unless streamed), where each kernel row's columns
-// start, output channels and bias. All producers call it.
-template <typename T, class Tile>
+// Makes the tables of a row tile in shared memory: decoded columns (unless streamed), and where each kernel row's
+// columns start. All producers call it.
+template <class Tile>
 __device__ __forceinline__ void load_tables(const WgmmaCall &call, const RowTile &tile, bool streamed, Column *columns,
-                                            WgmmaFixed<Tile> &fixed) {
-  const int thread = int(threadIdx.x) - kPairs * kWarpgroup;
+                                            int *row_starts) {
+  constexpr int kProducers = Tile::kPairs * kWarpgroup;
+  const int thread = int(threadIdx.x) - kProducers, kernel_height = call.shape.kernel_height;
   const int32_t *words = call.weight.columns + tile.first_column;
-  for (int i = thread; i < tile.padded_columns; i += kPairs * kWarpgroup) {
-    const int32_t word = __ldg(words + i);
+#pragma unroll 1
+  for (int i = thread; i < tile.padded_columns; i += kProducers) {
+    const int32_t word = __ldg(words + i), before = i == 0 ? 0 : __ldg(words + i - 1);
     if (!streamed)
       columns[i] = decode_column(call.shape, word);
-    if (i < tile.columns) {
-      const int before = i == 0 ? -1 : min(kernel_row_of(__ldg(words + i - 1)), call.shape.kernel_height - 1);
-      const int end = i == tile.columns - 1 ? call.shape.kernel_height : kernel_row_of(word);
-      for (int r = before + 1; r <= min(end, call.shape.kernel_height); ++r)
-        fixed.row_starts[r] = i == tile.columns - 1 && r > kernel_row_of(word) ? tile.columns : i;
-    }
-  }
-  if (tile.columns == 0 && thread <= call.shape.kernel_height)
-    fixed.row_starts[thread] = 0;
-  if (thread < Tile::kRows) {
-    const int channel = output_channel(call.shape, call.weight, tile.first_row + thread);
-    const T *bias = static_cast<const T *>(call.tensors.bias);
-    fixed.channels[thread] = channel;
-    fixed.bias[thread] = bias != nullptr && channel >= 0 ? widen(__ldg(bias + channel)) : 0.f;
+    // Padding counts as a kernel row behind the last.
+    const int own_row = min(kernel_row_of(word), kernel_height);
+#pragma unroll 1
+    for (int r = i == 0 ? 0 : kernel_row_of(before) + 1; r <= own_row; ++r)
+      row_starts[r] = i;
+    if (i == tile.padded_columns - 1)
+#pragma unroll 1
+      for (int r = own_row + 1; r <= kernel_height; ++r)
+        row_starts[r] = tile.padded_columns;
   }
 }
 
@@ -221,6 +212,7 @@ template <typename T, class Tile>
 __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> &fixed, uint8_t *shared,
                                         const WgmmaLayout &layout, int position_tiles) {
   constexpr int kSubTiles = Tile::kSubTiles, kRowsPerThread = Tile::kStageColumns / 16;
+  constexpr int kPairs = Tile::kPairs;
   const int pair = int(threadIdx.x) / kWarpgroup - kPairs, thread = int(threadIdx.x) % kWarpgroup;
   // Eight threads copy 128 bytes of a row: unit u of row k goes to unit u ^ (k % 8) of the row's 128 bytes.
   const int row = thread / 8, unit = thread % 8;
@@ -238,7 +230,7 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
   for (int i = share.first_row_tile; i <= share.last_row_tile; ++i) {
     const RowTile tile = row_tile(call.weight, i);
     const uint8_t *values = static_cast<const uint8_t *>(call.weight.values) + tile.first_value * sizeof(T);
-    const int32_t *words = call.weight.columns + tile.first_column;
+    const int32_t *words = call.weight.columns + tile.first_column + row;
     wait(weights_empty, weights_parity);
     weights_parity ^= 1;
     const bool loads_weights = pair == 0 && thread == 0 && !layout.streamed;
@@ -247,7 +239,7 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
       arrive_and_expect(weights_full, bytes);
       copy_bulk(shared_address(shared) + layout.weights, values, bytes, weights_full);
     }
-    load_tables<T, Tile>(call, tile, layout.streamed, columns, fixed);
+    load_tables<Tile>(call, tile, layout.streamed, columns, fixed.row_starts);
     meet<kPairs * kWarpgroup>(1);
     if (!loads_weights)
       arrive(weights_full);
@@ -262,12 +254,25 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
       for (int z = 0; z < kSubTiles; ++z)
         positions[z] = position_of(call.shape, t * Tile::kUnits + z * 8 + unit);
       const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
+      int32_t next[kRowsPerThread] = {}; // words of streamed columns, a stage ahead
+      if (layout.streamed)
+#pragma unroll
+        for (int k = 0; k < kRowsPerThread; ++k)
+          next[k] = __ldg(words + stages.first * Tile::kStageColumns + k * 16);
+#pragma unroll 1
       for (int stage = stages.first; stage < stages.end; ++stage) {
         Column own[kRowsPerThread];
+        if (layout.streamed) {
+          const int32_t *ahead = words + (stage + 1 < stages.end ? stage + 1 : stage) * Tile::kStageColumns;
 #pragma unroll
-        for (int k = 0; k < kRowsPerThread; ++k) {
-          const int column = stage * Tile::kStageColumns + k * 16 + row;
-          own[k] = layout.streamed ? decode_column(call.shape, __ldg(words + column)) : columns[column];
+          for (int k = 0; k < kRowsPerThread; ++k) {
+            own[k] = decode_column(call.shape, next[k]);
+            next[k] = __ldg(ahead + k * 16);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < kRowsPerThread; ++k)
+            own[k] = columns[stage * Tile::kStageColumns + k * 16 + row];
         }
         const uint32_t slot = turn.slot * layout.stage_bytes, slot_full = full + turn.slot * 8;
         wait(empty + turn.slot * 8, turn.parity ^ 1);
@@ -299,9 +304,9 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
         wait(empty + turn.slot * 8, turn.parity ^ 1);
         if (layout.streamed && thread == 0)
           arrive(slot_full);
-#pragma unroll
+#pragma unroll 2
         for (int m = add_row; m < Tile::kAddRows; m += kRowStep) {
-          const int channel = fixed.channels[s * Tile::kAddRows + m];
+          const int channel = output_channel(call.shape, call.weight, i * Tile::kRows + s * Tile::kAddRows + m);
           const bool real = channel >= 0 && stored >= 0;
           const uint32_t from = real ? uint32_t(stored) + uint32_t(channel) * uint32_t(call.shape.units) : 0;
           copy_unit_async(sub_tile + slot + m * 128 + ((add_unit ^ m) % 8) * kUnitBytes, add + from, real);
@@ -312,11 +317,16 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
   }
 }
 
+template <typename T> __device__ __forceinline__ float bias_of(const WgmmaCall &call, int channel) {
+  const T *bias = static_cast<const T *>(call.tensors.bias);
+  return bias != nullptr && channel >= 0 ? widen(__ldg(bias + channel)) : 0.f;
+}
+
 // Multiplies what a pair's producer has gathered, and stores.
 template <typename T, class Tile>
 __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> &fixed, uint8_t *shared,
                                         const WgmmaLayout &layout, int position_tiles) {
-  constexpr int kProducts = Tile::kProducts, kSums = Tile::kProductPositions / 2;
+  constexpr int kPairs = Tile::kPairs, kProducts = Tile::kProducts, kSums = Tile::kProductPositions / 2;
   const int pair = int(threadIdx.x) / kWarpgroup, thread = int(threadIdx.x) % kWarpgroup;
   const int warp = thread / 32, lane = thread % 32;
   const uint32_t ring = shared_address(shared) + pair * layout.stages * layout.stage_bytes;
@@ -330,6 +340,20 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> 
   RingTurn turn;
   int turns = 0, weights_parity = 0;
   for (int i = share.first_row_tile; i <= share.last_row_tile; ++i) {
+    // Of each block of 64 rows this warp has 16: a thread's sums are in rows lane / 4 and 8 more, what it stores in
+    // rows lane / 8 and 4, 8, 12 more.
+    float bias[Tile::kRowBlocks][2];
+    int channels[Tile::kRowBlocks][4];
+#pragma unroll
+    for (int m = 0; m < Tile::kRowBlocks; ++m) {
+      const int first_lane = i * Tile::kRows + m * kBlockRows + warp * 16;
+#pragma unroll
+      for (int s = 0; s < 4; ++s)
+        channels[m][s] = output_channel(call.shape, call.weight, first_lane + s * 4 + lane / 8);
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+        bias[m][s] = bias_of<T>(call, output_channel(call.shape, call.weight, first_lane + s * 8 + lane / 4));
+    }
     wait(shared_address(&fixed.weights_full), weights_parity);
     weights_parity ^= 1;
     const Range tiles = position_tiles_of(share, i, position_tiles);
@@ -374,57 +398,62 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> 
 
 #pragma unroll
       for (int m = 0; m < Tile::kRowBlocks; ++m) {
-        // Of the 16 rows of this warp: a thread's sums are in rows lane / 4 and 8 more, what it stores in lane / 8 + 4
-        // i.
-        const int first_row = m * kBlockRows + warp * 16;
-        const float bias[2] = {fixed.bias[first_row + lane / 4], fixed.bias[first_row + lane / 4 + 8]};
-        uint32_t added = 0;
+        const int first_row = warp * 16, matrix_row = lane % 16;
+        // Two units of 16 rows are four 8x8 matrices; where a lane's row of matrices j and j + 1 lies in 128-byte rows.
+        const auto matrices = [&](int j) {
+          return matrix_row * 128 + ((j + lane / 16) ^ (matrix_row % 8)) * kUnitBytes;
+        };
         constexpr int kAddStagesPerBlock = Tile::kAddStages / Tile::kRowBlocks;
         RingTurn add_turn = turn;
+        // One pass for each step, the branches between them: code that does not run is jumped over as a whole.
+#pragma unroll
+        for (int v = 0; v < kProducts * kSums; ++v)
+          sums[m][v / kSums][v % kSums] += bias[m][v / 2 % 2];
         if (adds) {
+          uint32_t added = 0;
           // All stages of the block are waited for, so that all threads keep the ring's time.
 #pragma unroll
           for (int s = 0; s < kAddStagesPerBlock; ++s) {
             wait(full + turn.slot * 8, turn.parity);
-            if (first_row % kBlockRows / Tile::kAddRows == s)
+            if (first_row / Tile::kAddRows == s)
               added = ring + turn.slot * layout.stage_bytes + first_row % Tile::kAddRows * 128;
             turn.advance(layout.stages);
           }
-        }
 #pragma unroll
-        for (int z = 0; z < Tile::kSubTiles; ++z) {
-          const int stored = stored_at(call.shape, t * Tile::kUnits + z * 8 + lane % 8);
-          const float *part =
-              &sums[m][z * kSubTile / Tile::kProductPositions][z * kSubTile % Tile::kProductPositions / 2];
-          // Two units of 16 rows at a time, as four 8x8 matrices.
-          const int matrix_row = lane % 16;
+          for (int z = 0; z < Tile::kSubTiles; ++z)
 #pragma unroll
-          for (int j = 0; j < 8; j += 2) {
-            const uint32_t at = matrix_row * 128 + ((j + lane / 16) ^ (matrix_row % 8)) * kUnitBytes;
-            float values[8];
-#pragma unroll
-            for (int v = 0; v < 8; ++v)
-              values[v] = part[j * 4 + v] + bias[v / 2 % 2];
-            if (adds) {
+            for (int j = 0; j < 8; j += 2) {
               uint32_t pairs[4];
-              load_matrices(pairs, added + z * (Tile::kAddRows * 128) + at);
+              load_matrices(pairs, added + z * (Tile::kAddRows * 128) + matrices(j));
 #pragma unroll
               for (int v = 0; v < 4; ++v) {
                 const float2 both = Pair<T>::unpack(pairs[v]);
-                values[2 * v] += both.x, values[2 * v + 1] += both.y;
+                const int at = (z * 8 + j) * 4 + v * 2;
+                sums[m][at / kSums][at % kSums] += both.x;
+                sums[m][(at + 1) / kSums][(at + 1) % kSums] += both.y;
               }
             }
-            activate(call.activation, values);
+        }
+#pragma unroll
+        for (int n = 0; n < kProducts; ++n)
+          activate_rounded(call.activation, sums[m][n]);
+#pragma unroll
+        for (int z = 0; z < Tile::kSubTiles; ++z) {
+          const int stored = stored_at(call.shape, t * Tile::kUnits + z * 8 + lane % 8);
+#pragma unroll
+          for (int j = 0; j < 8; j += 2) {
             uint32_t packed[4];
 #pragma unroll
-            for (int v = 0; v < 4; ++v)
-              packed[v] = Pair<T>::pack(values[2 * v], values[2 * v + 1]);
-            store_matrices(staging + at, packed);
+            for (int v = 0; v < 4; ++v) {
+              const int at = (z * 8 + j) * 4 + v * 2;
+              packed[v] = Pair<T>::pack(sums[m][at / kSums][at % kSums], sums[m][(at + 1) / kSums][(at + 1) % kSums]);
+            }
+            store_matrices(staging + matrices(j), packed);
           }
           __syncwarp();
 #pragma unroll
           for (int s = 0; s < 4; ++s) {
-            const int m_row = s * 4 + lane / 8, channel = fixed.channels[first_row + m_row];
+            const int m_row = s * 4 + lane / 8, channel = channels[m][s];
             const uint4 eight = load_unit(staging + m_row * 128 + ((lane % 8) ^ (m_row % 8)) * kUnitBytes);
             if (channel >= 0 && stored >= 0)
               output[uint32_t(stored) + uint32_t(channel) * uint32_t(call.shape.units)] = eight;
@@ -447,30 +476,31 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> 
 }
 
 template <typename T, class Tile>
-__global__ void __launch_bounds__(kWgmmaThreads, 1) tiled_wgmma_kernel(const WgmmaCall call, int position_tiles) {
+__global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kPairs)
+    tiled_wgmma_kernel(const WgmmaCall call, int position_tiles) {
+  constexpr int kPairs = Tile::kPairs;
   extern __shared__ __align__(1024) uint8_t shared[];
   auto &fixed = *reinterpret_cast<WgmmaFixed<Tile> *>(shared + kRingBytes<Tile>);
   const int thread = int(threadIdx.x);
   let_dependents_launch();
   if (thread < 32) {
-    const CtaShare share = share_tiles(call.weight, position_tiles, fixed.most_columns);
-    if (thread == 0)
+    const CtaShare share = share_tiles(call.weight, position_tiles);
+    if (thread < kPairs * kMostStages) {
+      const int pair = thread / kMostStages, slot = thread % kMostStages;
+      // Streamed stages have one more arrival: that of their weights.
+      const bool streamed = wgmma_layout<Tile>(share.most_columns).streamed;
+      init_barrier(shared_address(&fixed.full[pair][slot]), kWarpgroup + int(streamed));
+      init_barrier(shared_address(&fixed.empty[pair][slot]), 1);
+    }
+    if (thread == 0) {
       fixed.share = share;
+      init_barrier(shared_address(&fixed.weights_full), kPairs * kWarpgroup);
+      init_barrier(shared_address(&fixed.weights_empty), kPairs);
+    }
+    fence_barriers();
   }
-  __syncwarp();
-  if (thread < kPairs * kMostStages) {
-    const int pair = thread / kMostStages, slot = thread % kMostStages;
-    const bool streamed = wgmma_layout<Tile>(fixed.most_columns).streamed;
-    // Streamed stages have one more arrival: that of their weights.
-    init_barrier(shared_address(&fixed.full[pair][slot]), kWarpgroup + int(streamed));
-    init_barrier(shared_address(&fixed.empty[pair][slot]), 1);
-  } else if (thread == kPairs * kMostStages) {
-    init_barrier(shared_address(&fixed.weights_full), kPairs * kWarpgroup);
-    init_barrier(shared_address(&fixed.weights_empty), kPairs);
-  }
-  fence_barriers();
   __syncthreads();
-  const WgmmaLayout layout = wgmma_layout<Tile>(fixed.most_columns);
+  const WgmmaLayout layout = wgmma_layout<Tile>(fixed.share.most_columns);
   if (thread >= kPairs * kWarpgroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
     produce<T, Tile>(call, fixed, shared, layout, position_tiles);
