@@ -47,7 +47,7 @@ class Group:
         values = _images(node)
         if any(value in self._behind for value in values):
             return False
-        if _is_sparse(gm, node):
+        if self._is_conv(gm, node):
             return not self.nodes or any(value in self.nodes or value in self.inputs for value in values)
         written = written_input(gm, node)
         if written is not None and len(written.users) > 1:  # the others see what is written; a step makes a new value
@@ -57,15 +57,19 @@ class Group:
 
     def is_followed_by(self, gm: GraphModule, node: Node) -> bool:
         """Tell whether a node, which is no step of this group, can be the first one of the next."""
-        if _is_sparse(gm, node):
+        if self._is_conv(gm, node):
             return True
         if self.nodes and not self.needs(node):  # it lies beside this group, which may go on
             return False
         # Nothing is known of the layout of what comes from outside, so nobody else may see what is made of it.
         if self.batch_inner and self._is_pooled(gm, node):
             return True
-        alone = bool(node.users) and all(_is_sparse(gm, user) for user in node.users)
+        alone = bool(node.users) and all(self._is_conv(gm, user) for user in node.users)
         return alone and written_input(gm, node) is None and self.other_step(gm, node, {}) is not None
+
+    def _is_conv(self, gm: GraphModule, node: Node) -> bool:
+        """Tell whether a node is a sparse site that the kernel for such a region can run."""
+        return _is_tiled(gm, node) if self.batch_inner else _is_sparse(gm, node)
 
     def _is_pooled(self, gm: GraphModule, node: Node) -> bool:
         """Tell whether a node is an activation that a region does while it pools its input: it never falls."""
@@ -192,13 +196,13 @@ def _becomes_channels_last(group: Group, node: Node) -> bool:
 
 
 def _is_sparse(gm: GraphModule, node: Node) -> bool:
-    """Tell whether a node is a sparse site that a kernel for regions can run."""
+    """Tell whether a node is a sparse site that the kernel for regions can run: on a CPU."""
     if node.target is not node_kinds.SPARSE or sites.site_of(node) is None:
         return False
     values = node.args[1]
     assert isinstance(values, Node)
     device = sites.attribute(gm, str(values.target)).device
-    return _is_tiled(gm, node) or (device.type == "cpu" and has_kernel(device))
+    return device.type == "cpu" and has_kernel(device)
 
 
 def _is_tiled(gm: GraphModule, node: Node) -> bool:

@@ -100,7 +100,7 @@ public:
         if (value >= 0 && is_input(value) && !values_[value].entered && !values_[value].skipped)
           enter(value, i);
       check(queue(step, weights_[i]), i);
-      if (values_[step.output].outside != nullptr)
+      if (values_[step.output].outside != nullptr && !leaves_at_once(step))
         leave(step.output, i);
     }
   }
@@ -135,6 +135,12 @@ private:
   }
 
   void *at(int64_t value) const { return value < 0 ? nullptr : memory_ + values_[value].at; }
+
+  // Whether a step writes its result as torch stores it: a mean of planes that no other step reads.
+  bool leaves_at_once(const ProgramStep &step) const {
+    const Value &value = values_[step.output];
+    return step.kind == ProgramKind::kAverage && value.outside != nullptr && value.readers == 0;
+  }
 
   void find_readers() {
     for (size_t i = 0; i < program_.steps.size(); ++i) {
@@ -246,7 +252,10 @@ private:
       return launch_add(count(step.output), step.activation, type_, at(step.input), at(step.add), at(step.output),
                         stream_);
     case ProgramKind::kAverage:
-      return launch_average(images(step.input), type_, at(step.input), at(step.output), stream_);
+      return leaves_at_once(step)
+                 ? launch_average(images(step.input), type_, at(step.input), true, values_[step.output].outside,
+                                  stream_)
+                 : launch_average(images(step.input), type_, at(step.input), false, at(step.output), stream_);
     }
     return cudaErrorInvalidValue;
   }

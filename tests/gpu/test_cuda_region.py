@@ -101,6 +101,9 @@ def test_an_input_that_is_read_twice_is_moved_once_and_whole() -> None:
     pooled, mean, twice = OP([x], [], [n for step in steps for n in step.numbers()], [1, 2, 3], [])
     assert torch.equal(pooled, torch.max_pool2d(x, 2))
     torch.testing.assert_close(mean, x.float().mean((2, 3), keepdim=True).bfloat16())
+    (stays, silu) = OP([x], [], [*Average(0).numbers(), *Add(1, NONE, "silu").numbers()], [1, 2], [])
+    assert torch.equal(stays, mean)
+    torch.testing.assert_close(silu, torch.nn.functional.silu(mean))
     assert torch.equal(twice, torch.relu(x + x).contiguous())
 
 

@@ -33,8 +33,9 @@ bool pools_from(const Images &images, ImageLayout from, TiledType type);
 cudaError_t launch_pool_to_batch_inner(const MaxPool &pool, TiledType type, const void *input, void *output,
                                        cudaStream_t stream);
 cudaError_t launch_max_pool(const MaxPool &pool, TiledType type, const void *input, void *output, cudaStream_t stream);
-// The mean of each plane; summed in float.
-cudaError_t launch_average(const Images &images, TiledType type, const void *input, void *output, cudaStream_t stream);
+// The mean of each plane; summed in float. `leaves`: stored as torch does, [batch][channels].
+cudaError_t launch_average(const Images &images, TiledType type, const void *input, bool leaves, void *output,
+                           cudaStream_t stream);
 // activation(input + add) of `count` elements, a multiple of 8; `add` may be null.
 cudaError_t launch_add(int64_t count, Activation activation, TiledType type, const void *input, const void *add,
                        void *output, cudaStream_t stream);

@@ -36,18 +36,24 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first = int64_t(blockIdx.x) * kSide, first_image = int64_t(blockIdx.y) * kSide;
   const int lane = threadIdx.x % kSide, line = threadIdx.x / kSide;
   constexpr int kLines = kThreads / kSide;
-  for (int i = line; i < kSide; i += kLines) {
+#pragma unroll // all loads are under way before the first is stored
+  for (int k = 0; k < kSide / kLines; ++k) {
+    const int i = line + k * kLines;
     if constexpr (kInward) {
       const int64_t image = first_image + i, element = first + lane;
       tile[i][lane] = image < t.batch && element < t.elements ? input[image * t.elements + element] : Word(0);
     } else {
       const int64_t image = first_image + lane, element = first + i;
+      Word word(0);
       if (image < t.batch && element < t.elements)
-        tile[lane][i] = input[row_of(t, element) * t.padded_batch + image];
+        word = input[row_of(t, element) * t.padded_batch + image];
+      tile[lane][i] = word;
     }
   }
   __syncthreads();
-  for (int i = line; i < kSide; i += kLines) {
+#pragma unroll
+  for (int k = 0; k < kSide / kLines; ++k) {
+    const int i = line + k * kLines;
     if constexpr (kInward) {
       const int64_t image = first_image + lane, element = first + i;
       if (image < t.padded_batch && element < t.elements)

@@ -51,25 +51,48 @@ __global__ void __launch_bounds__(kThreads)
   output[position * line + place] = most;
 }
 
+// Each warp sums the positions of its own for 32 vectors, then the first one sums over the warps. `images`: how many
+// there are where the means are stored as torch does, [images][channels], and 0 where batch-innermost.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    average(int64_t positions, int64_t line, const uint4 *__restrict__ input, uint4 *__restrict__ output) {
+    average(int64_t positions, int64_t line, int64_t images, const uint4 *__restrict__ input, T *__restrict__ output) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ float parts[kWarps][32][kVector<T> + 1];
   wait_for_earlier_kernels();
-  const int64_t place = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (place >= line)
-    return;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t place = int64_t(blockIdx.x) * 32 + lane;
   float sums[kVector<T>] = {}, values[kVector<T>];
-#pragma unroll 4
-  for (int64_t position = 0; position < positions; ++position) {
-    unpack<T>(input[position * line + place], values);
+  if (place < line) {
+#pragma unroll 8
+    for (int64_t position = warp; position < positions; position += kWarps) {
+      unpack<T>(input[position * line + place], values);
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i)
-      sums[i] += values[i];
+      for (int i = 0; i < kVector<T>; ++i)
+        sums[i] += values[i];
+    }
   }
 #pragma unroll
-  for (float &sum : sums)
-    sum /= float(positions);
-  output[place] = packed<T>(sums);
+  for (int i = 0; i < kVector<T>; ++i)
+    parts[warp][lane][i] = sums[i];
+  __syncthreads();
+  if (warp > 0 || place >= line)
+    return;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i) {
+    for (int other = 1; other < kWarps; ++other)
+      sums[i] += parts[other][lane][i];
+    sums[i] /= float(positions);
+  }
+  if (images == 0) {
+    reinterpret_cast<uint4 *>(output)[place] = packed<T>(sums);
+    return;
+  }
+  const int64_t vectors = (images + 7) / 8 * 8 / kVector<T>; // of one channel
+  const int64_t first = place % vectors * kVector<T>, channel = place / vectors, channels = line / vectors;
+#pragma unroll
+  for (int i = 0; i < kVector<T>; ++i)
+    if (first + i < images)
+      output[(first + i) * channels + channel] = T(sums[i]);
 }
 
 template <typename T, bool kAdds>
@@ -121,12 +144,14 @@ cudaError_t launch_max_pool(const MaxPool &pool, TiledType type, const void *inp
   });
 }
 
-cudaError_t launch_average(const Images &images, TiledType type, const void *input, void *output, cudaStream_t stream) {
+cudaError_t launch_average(const Images &images, TiledType type, const void *input, bool leaves, void *output,
+                           cudaStream_t stream) {
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     const int64_t line = images.channels * padded_batch(images.batch) / kVector<T>;
-    return launch_overlapping(average<T>, dim3(blocks(line)), kThreads, stream, images.height * images.width, line,
-                              vectors_at(input), static_cast<uint4 *>(output));
+    return launch_overlapping(average<T>, dim3(unsigned((line + 31) / 32)), kThreads, stream,
+                              images.height * images.width, line, leaves ? images.batch : 0, vectors_at(input),
+                              static_cast<T *>(output));
   });
 }
 
