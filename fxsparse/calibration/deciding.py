@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import layouts, regions, sites
+from fxsparse import layouts, node_kinds, regions, sites
 from fxsparse.calibration.joint import Option, Step, solve
 from fxsparse.calibration.measuring import Measurements
 from fxsparse.calibration.samples import BATCH_INNER, Candidate, Measured, Samples
@@ -211,9 +211,19 @@ def _options(
     times = _times(None if free_between else found.others.get(node))
     options = tuple(Option(layout, layout, times[layout]) for layout in MEMORY_FORMATS)
     in_regions = any(candidate.needs == BATCH_INNER for candidates in allowed.values() for candidate in candidates)
-    if not in_regions or regions.Group(batch_inner=True).other_step(gm, node, {}) is None:
+    if not in_regions or not _is_step(gm, node, found):
         return options
     return (*options, Option(BATCH_INNER, BATCH_INNER, 0.0))
+
+
+def _is_step(gm: GraphModule, node: Node, found: Measurements) -> bool:
+    """Tell whether a region on CUDA can do a node, or a convolution in it as its epilogue, where all around is in it."""
+    if regions.Group(batch_inner=True).other_step(gm, node, {}) is not None:
+        return True
+    # An addition counts by the shapes seen: its inputs come from sparse convolutions only once these are chosen.
+    inputs = node.all_input_nodes
+    shapes = {found.values[value].shape for value in inputs if value in found.values}
+    return len(inputs) == 2 and len(shapes) == 1 and any(node_kinds.added(node, value) is not None for value in inputs)
 
 
 def _either(candidate: Candidate) -> list[tuple[str, str]]:

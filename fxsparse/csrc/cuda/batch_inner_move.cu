@@ -18,12 +18,18 @@ constexpr int kSide = 64; // of a tile in shared memory
 // Elements of one image in torch's order; an image is `elements` of them. As batch-innermost, element (c, h, w) is row
 // (h * W + w) * C + c: the same number where torch has channels_last.
 struct Transpose {
-  int64_t batch, padded_batch, elements, channels, plane;
+  int64_t batch, padded_batch, elements;
+  uint32_t channels, plane;
   bool channels_last;
 };
 
 __device__ __forceinline__ int64_t row_of(const Transpose &t, int64_t element) {
-  return t.channels_last ? element : element % t.plane * t.channels + element / t.plane;
+  if (t.channels_last)
+    return element;
+  // A division of 64 bits takes longer than the loads that wait for it.
+  const bool small = t.elements <= UINT32_MAX;
+  const int64_t channel = small ? uint32_t(element) / t.plane : element / t.plane;
+  return (element - channel * t.plane) * t.channels + channel;
 }
 
 // Word: an unsigned integer of the elements' size.
@@ -70,8 +76,12 @@ template <typename Word, bool kInward>
 cudaError_t launch_transpose(const Images &images, ImageLayout layout, const void *input, void *output,
                              cudaStream_t stream) {
   const int64_t plane = images.height * images.width;
-  const Transpose t = {images.batch, padded_batch(images.batch),          images.channels * plane, images.channels,
-                       plane,        layout == ImageLayout::kChannelsLast};
+  const Transpose t = {images.batch,
+                       padded_batch(images.batch),
+                       images.channels * plane,
+                       uint32_t(images.channels),
+                       uint32_t(plane),
+                       layout == ImageLayout::kChannelsLast || plane == 1};
   const dim3 grid((t.elements + kSide - 1) / kSide, (t.padded_batch + kSide - 1) / kSide);
   return launch_overlapping(transpose<Word, kInward>, grid, kThreads, stream, t, static_cast<const Word *>(input),
                             static_cast<Word *>(output));
@@ -143,7 +153,8 @@ __global__ void __launch_bounds__(kThreads)
   uint4 most[8], columns[8];
   for (uint4 &value : most)
     value = lowest<T>();
-  const int y = int(at.position / p.out_width), x = int(at.position % p.out_width);
+  const uint32_t y = uint32_t(at.position) / uint32_t(p.out_width);
+  const uint32_t x = uint32_t(at.position) - y * uint32_t(p.out_width);
   for (int r = 0; r < int(p.kernel[0]); ++r)
     for (int s = 0; s < int(p.kernel[1]); ++s) {
       const int64_t row = y * p.stride[0] - p.pad[0] + r * p.dilation[0];

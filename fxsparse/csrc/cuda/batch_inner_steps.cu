@@ -28,27 +28,39 @@ template <typename T> __device__ __forceinline__ uint4 packed(const float (&valu
   return result;
 }
 
-// `line`: vectors of one position.
-template <typename T>
+// `line`: vectors of one position. kSide: of a square window that is known when this is compiled, so that all of it is
+// loaded before the first is compared; or 0.
+template <typename T, int kSide>
 __global__ void __launch_bounds__(kThreads)
     max_pool(const MaxPool p, int64_t line, const uint4 *__restrict__ input, uint4 *__restrict__ output) {
   wait_for_earlier_kernels();
   const int64_t place = int64_t(blockIdx.y) * kThreads + threadIdx.x;
   if (place >= line)
     return;
-  const int64_t position = blockIdx.x;
-  const int y = int(position / p.out_width), x = int(position % p.out_width);
+  const uint32_t position = blockIdx.x, y = position / uint32_t(p.out_width), x = position - y * uint32_t(p.out_width);
   uint4 most = lowest<T>();
-  for (int r = 0; r < int(p.kernel[0]); ++r)
-    for (int s = 0; s < int(p.kernel[1]); ++s) {
-      const int64_t row = y * p.stride[0] - p.pad[0] + r * p.dilation[0];
-      const int64_t column = x * p.stride[1] - p.pad[1] + s * p.dilation[1];
-      if (row >= 0 && row < p.in.height && column >= 0 && column < p.in.width)
-        keep_larger<T>(most, input[(row * p.in.width + column) * line + place]);
-    }
+  const auto tap = [&](int r, int s) {
+    const int64_t row = y * p.stride[0] - p.pad[0] + r * p.dilation[0];
+    const int64_t column = x * p.stride[1] - p.pad[1] + s * p.dilation[1];
+    const bool inside = row >= 0 && row < p.in.height && column >= 0 && column < p.in.width;
+    return inside ? input[(row * p.in.width + column) * line + place] : lowest<T>();
+  };
+  if constexpr (kSide > 0) {
+    uint4 window[kSide * kSide];
+#pragma unroll
+    for (int k = 0; k < kSide * kSide; ++k)
+      window[k] = tap(k / kSide, k % kSide);
+#pragma unroll
+    for (const uint4 &value : window)
+      keep_larger<T>(most, value);
+  } else {
+    for (int r = 0; r < int(p.kernel[0]); ++r)
+      for (int s = 0; s < int(p.kernel[1]); ++s)
+        keep_larger<T>(most, tap(r, s));
+  }
   if (p.activation != Activation::kNone)
     clamp<T>(most, p.activation == Activation::kRelu6);
-  output[position * line + place] = most;
+  output[int64_t(position) * line + place] = most;
 }
 
 // Each warp sums the positions of its own for 32 vectors, then the first one sums over the warps. `images`: how many
@@ -139,7 +151,11 @@ cudaError_t launch_max_pool(const MaxPool &pool, TiledType type, const void *inp
     using T = decltype(element);
     const int64_t line = pool.in.channels * padded_batch(pool.in.batch) / kVector<T>;
     const dim3 grid(unsigned(pool.out_height * pool.out_width), blocks(line));
-    return launch_overlapping(max_pool<T>, grid, kThreads, stream, pool, line, vectors_at(input),
+    const bool square = pool.kernel[0] == pool.kernel[1];
+    const auto kernel = square && pool.kernel[0] == 2   ? max_pool<T, 2>
+                        : square && pool.kernel[0] == 3 ? max_pool<T, 3>
+                                                        : max_pool<T, 0>;
+    return launch_overlapping(kernel, grid, kThreads, stream, pool, line, vectors_at(input),
                               static_cast<uint4 *>(output));
   });
 }
