@@ -1,8 +1,8 @@
 """`conv2d_batch_inner`: a sparse convolution between images that are stored batch-innermost.
 
-A tensor [N, C, H, W] is *batch_inner* if it lies in memory as [H][W][C][Np], Np = N rounded up to a multiple of 8, from
-a 16-byte boundary on: strides (1, Np, W·C·Np, C·Np). Then every weight column of a convolution meets runs of at least 16
-bytes, whatever the columns are. What lanes N to Np - 1 hold is of no consequence.
+A tensor [N, C, H, W] is *batch_inner* if it lies in memory as [H][W][C][Np], Np = N rounded up to a multiple of 8,
+from a 16-byte boundary on: strides (1, Np, W·C·Np, C·Np). Then every weight column of a convolution meets runs of at
+least 16 bytes, whatever the columns are. What lanes N to Np - 1 hold is of no consequence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from fxsparse.ops import reference
 
 LANES = 8
-# Of the tiled form (`ops/tiles.py`): what columns are padded to, and where a column's word has its kernel row and column.
+# Of the tiled form (`ops/tiles.py`): what columns are padded to, and where a column's word has its row and column.
 COLUMN_STEP = 64
 ROW_SHIFT, TAP_SHIFT = 27, 23
 _ALIGNMENT = 16

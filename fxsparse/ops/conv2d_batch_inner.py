@@ -11,7 +11,6 @@ from fxsparse.errors import FxsparseError
 from fxsparse.ops.batch_inner import output_shape, strides
 
 
-@torch.library.register_fake("fxsparse::conv2d_batch_inner")
 def _fake(
     input: Tensor,
     tile_values: Tensor,
@@ -46,6 +45,9 @@ def _fake(
     )
     shape = output_shape(input, weight_shape, stride, padding, dilation)
     return input.new_empty_strided(shape, strides(shape))
+
+
+torch.library.register_fake("fxsparse::conv2d_batch_inner", _fake)
 
 
 def _no_backward(ctx: Any, grad: Tensor) -> None:

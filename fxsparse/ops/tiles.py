@@ -1,16 +1,17 @@
 """The tiled form of a packed weight, which the CUDA kernels for batch-innermost images read.
 
-A *row tile* is 64 (or 128) output channels that share one ascending list of columns. Rows are the tensor cores' side of
-a product and a tile costs what its columns cost, however few of its rows are real; so panels are merged over the union of
-their columns until they fill a tile, and residual weights are columns like others, with zeros in the rows that lack them.
+A *row tile* is 64 (or 128) output channels that share one ascending list of columns. Rows are the tensor cores' side
+of a product, and a tile costs what its columns cost, however few of its rows are real; so panels are merged over the
+union of their columns until they fill a tile, and residual weights are columns like others, with zeros in the rows that
+lack them. Tiles lie one after the other, each with K columns: its own, padded to a multiple of 64.
 
 | tensor | dtype, shape | content |
 | --- | --- | --- |
-| `values` | float [V] | per tile, K = its columns padded to a multiple of 64: [K / 8][rows][8 columns]; float32: [K][rows] |
-| `columns` | int32 [.] | per tile K words `r << 27 \\| s << 23 \\| c`: kernel row, kernel column, input channel of all groups |
-| `tiles` | int64 [T, 4] | first column, columns without padding, first value, the most padded columns of a tile |
+| `values` | float [V] | per tile [K / 8][rows][8 columns]; other dtypes than bfloat16 and float16: [K][rows] |
+| `columns` | int32 [.] | per tile K words `r << 27 | s << 23 | c`: kernel row and column, input channel of all groups |
+| `tiles` | int64 [T, 4] | first column, columns without padding, first value, the largest K of all tiles |
 | `rows` | int32 [rows * T] | output channel, or -1 |
-| `places` | int32 [V] | index into the packed values with one zero behind them: `tiled_values` after a weight has changed |
+| `places` | int32 [V] | index into the packed values with one zero behind them, for `tiled_values` |
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ class _Source:
 
     def merged(self, limit: int) -> list[_Chunk]:
         """Return tiles: chunks of blocks with at most `limit` rows, merged where there is room."""
-        full, partial = [], []
+        full: list[_Chunk] = []
+        partial: list[_Chunk] = []
         for panels in self._blocks():
             lanes = (panels[:, None] * LANES + np.arange(LANES)).ravel()
             lanes = lanes[self._rows[lanes, 0] >= 0]
@@ -201,7 +203,7 @@ class _Source:
 
     def _places(self, chunk: _Chunk, padded: int, tile_rows: int, nothing: int) -> _Ints:
         """Return where each of a tile's values comes from, in the tile's order."""
-        grid = np.full((padded, tile_rows), nothing, np.int64)
+        grid: _Ints = np.full((padded, tile_rows), nothing, np.int64)
         for row, lane in enumerate(chunk.lanes):
             words, places = self._block(lane // LANES)
             grid[np.searchsorted(chunk.columns, words), row] = places + lane % LANES
@@ -288,7 +290,7 @@ def _describe_invalid(
     padded = [_padded(count) for count in tiles[:, 1].clamp(0, len(words)).tolist()]
     next_column = 0
     for t, (first, count, value, most) in enumerate(tiles.tolist()):
-        if first != next_column or count < 0 or first + padded[t] > len(words):
+        if first != next_column or count < 0 or first + max(count, padded[t]) > len(words):
             return f"tile {t} has columns [{first}, +{count}), expected them from {next_column} on, of {len(words)}"
         next_column += padded[t]
         if value < 0 or value % 8 or value + padded[t] * lanes > values:

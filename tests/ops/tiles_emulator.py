@@ -15,7 +15,7 @@ UNIT = 8  # lanes of the batch that a kernel reads at once
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """Return the memory of a batch_inner tensor as [H · W · C · Np / 8 units, 8 lanes], the lanes behind the batch NaN."""
+    """Return the memory of a batch_inner tensor as [H · W · C · Np / 8 units, 8 lanes]; NaN behind the batch."""
     batch, channels, height, width = tensor.shape
     whole = torch.full((height, width, channels, batch_inner.padded_batch(batch)), math.nan, dtype=torch.float64)
     whole[..., :batch] = tensor.permute(2, 3, 1, 0)

@@ -69,6 +69,11 @@ __device__ __forceinline__ void arrive_and_expect(uint32_t barrier, uint32_t byt
                : "memory");
 }
 
+// More bytes for the phase under way.
+__device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
 // Arrives when this thread's copies up to here have landed.
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -38,7 +38,13 @@ template <int kPositions_, int kRowBlocks_, int kPairs_> struct WgmmaTile {
   static constexpr int kRows = kBlockRows * kRowBlocks;
   static constexpr int kUnits = kPositions / 8;
   static constexpr int kSubTiles = kPositions / kSubTile;
-  static constexpr int kStageColumns = kPositions == 256 ? 32 : 64;
+  static constexpr int 
+#ifdef FX_S32
+kStageColumns = kPositions >= 128 ? 32 : 64;
+#else
+kStageColumns = kPositions == 256 ? 32 : 64;
+#endif
+
   static constexpr int kInputBytes = kStageColumns * kPositions * 2;
   static constexpr int kWeightBytes = kStageColumns * kRows * 2;
   // wgmma of 256 columns takes more registers than 512 threads leave: two of 128 do it.
@@ -59,7 +65,6 @@ struct CtaShare {
 template <class Tile> struct WgmmaFixed {
   uint64_t full[Tile::kPairs][kMostStages], empty[Tile::kPairs][kMostStages];
   uint64_t weights_full, weights_empty;
-  CtaShare share;
   int row_starts[kMaxKernel + 1];                                   // columns of the row tile before each kernel row
   alignas(128) uint8_t staging[Tile::kPairs][4][16 * kSubTile * 2]; // of a consumer's warps
 };
@@ -209,8 +214,8 @@ __device__ __forceinline__ void load_tables(const WgmmaCall &call, const RowTile
 
 // Gathers the rows of X (and what is added) for every other tile of the CTA into a ring.
 template <typename T, class Tile>
-__device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> &fixed, uint8_t *shared,
-                                        const WgmmaLayout &layout, int position_tiles) {
+__device__ __forceinline__ void produce(const WgmmaCall &call, const CtaShare &share, const WgmmaLayout &layout,
+                                        WgmmaFixed<Tile> &fixed, uint8_t *shared, int position_tiles) {
   constexpr int kSubTiles = Tile::kSubTiles, kRowsPerThread = Tile::kStageColumns / 16;
   constexpr int kPairs = Tile::kPairs;
   const int pair = int(threadIdx.x) / kWarpgroup - kPairs, thread = int(threadIdx.x) % kWarpgroup;
@@ -224,7 +229,6 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
   const uint4 *input = static_cast<const uint4 *>(call.tensors.input);
   const uint4 *add = static_cast<const uint4 *>(call.tensors.add);
   Column *columns = reinterpret_cast<Column *>(shared + layout.columns);
-  const CtaShare share = fixed.share;
   RingTurn turn;
   int turns = 0, weights_parity = 1;
   for (int i = share.first_row_tile; i <= share.last_row_tile; ++i) {
@@ -277,7 +281,7 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
         const uint32_t slot = turn.slot * layout.stage_bytes, slot_full = full + turn.slot * 8;
         wait(empty + turn.slot * 8, turn.parity ^ 1);
         if (layout.streamed && thread == 0) {
-          arrive_and_expect(slot_full, Tile::kWeightBytes);
+          expect(slot_full, Tile::kWeightBytes);
           copy_bulk(ring + slot + Tile::kInputBytes, values + stage * Tile::kWeightBytes, Tile::kWeightBytes,
                     slot_full);
         }
@@ -302,8 +306,6 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, WgmmaFixed<Tile> 
       for (int s = 0; s < Tile::kAddStages; ++s, turn.advance(layout.stages)) {
         const uint32_t slot = turn.slot * layout.stage_bytes, slot_full = full + turn.slot * 8;
         wait(empty + turn.slot * 8, turn.parity ^ 1);
-        if (layout.streamed && thread == 0)
-          arrive(slot_full);
 #pragma unroll 2
         for (int m = add_row; m < Tile::kAddRows; m += kRowStep) {
           const int channel = output_channel(call.shape, call.weight, i * Tile::kRows + s * Tile::kAddRows + m);
@@ -324,8 +326,8 @@ template <typename T> __device__ __forceinline__ float bias_of(const WgmmaCall &
 
 // Multiplies what a pair's producer has gathered, and stores.
 template <typename T, class Tile>
-__device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> &fixed, uint8_t *shared,
-                                        const WgmmaLayout &layout, int position_tiles) {
+__device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &share, const WgmmaLayout &layout,
+                                        WgmmaFixed<Tile> &fixed, uint8_t *shared, int position_tiles) {
   constexpr int kPairs = Tile::kPairs, kProducts = Tile::kProducts, kSums = Tile::kProductPositions / 2;
   const int pair = int(threadIdx.x) / kWarpgroup, thread = int(threadIdx.x) % kWarpgroup;
   const int warp = thread / 32, lane = thread % 32;
@@ -336,7 +338,6 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> 
   uint4 *output = static_cast<uint4 *>(call.tensors.output);
   // Where the weights of a stage lie: beside its input, or a row tile's stages one after the other.
   const uint32_t weights = layout.streamed ? ring + Tile::kInputBytes : shared_address(shared) + layout.weights;
-  const CtaShare share = fixed.share;
   RingTurn turn;
   int turns = 0, weights_parity = 0;
   for (int i = share.first_row_tile; i <= share.last_row_tile; ++i) {
@@ -362,7 +363,9 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> 
         continue;
       float sums[Tile::kRowBlocks][kProducts][kSums];
       const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
+#ifdef FX_LATE
       int previous = -1;
+#endif
       for (int stage = stages.first; stage < stages.end; ++stage) {
         const uint32_t slot = turn.slot * layout.stage_bytes;
         const uint32_t a = weights + (layout.streamed ? slot : stage * Tile::kWeightBytes);
@@ -384,6 +387,7 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> 
                   stage > stages.first || k > 0);
             }
         commit_products();
+#ifdef FX_LATE
         if (previous >= 0) {
           wait_for_products<1>();
           if (thread == 0)
@@ -395,6 +399,13 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, WgmmaFixed<Tile> 
       wait_for_products<0>();
       if (thread == 0)
         arrive(empty + previous * 8);
+#else
+        wait_for_products<0>(); // the slot is wanted back at once; the other pair keeps the tensor cores busy
+        if (thread == 0)
+          arrive(empty + turn.slot * 8);
+        turn.advance(layout.stages);
+      }
+#endif
 
 #pragma unroll
       for (int m = 0; m < Tile::kRowBlocks; ++m) {
@@ -483,30 +494,24 @@ __global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kPairs)
   auto &fixed = *reinterpret_cast<WgmmaFixed<Tile> *>(shared + kRingBytes<Tile>);
   const int thread = int(threadIdx.x);
   let_dependents_launch();
-  if (thread < 32) {
-    const CtaShare share = share_tiles(call.weight, position_tiles);
-    if (thread < kPairs * kMostStages) {
-      const int pair = thread / kMostStages, slot = thread % kMostStages;
-      // Streamed stages have one more arrival: that of their weights.
-      const bool streamed = wgmma_layout<Tile>(share.most_columns).streamed;
-      init_barrier(shared_address(&fixed.full[pair][slot]), kWarpgroup + int(streamed));
-      init_barrier(shared_address(&fixed.empty[pair][slot]), 1);
-    }
-    if (thread == 0) {
-      fixed.share = share;
-      init_barrier(shared_address(&fixed.weights_full), kPairs * kWarpgroup);
-      init_barrier(shared_address(&fixed.weights_empty), kPairs);
-    }
-    fence_barriers();
+  if (thread < kPairs * kMostStages) {
+    init_barrier(shared_address(&fixed.full[0][thread]), kWarpgroup);
+    init_barrier(shared_address(&fixed.empty[0][thread]), 1);
+  } else if (thread == kPairs * kMostStages) {
+    init_barrier(shared_address(&fixed.weights_full), kPairs * kWarpgroup);
+    init_barrier(shared_address(&fixed.weights_empty), kPairs);
   }
+  fence_barriers();
+  // By every warp for itself: that is sooner than by one for all.
+  const CtaShare share = share_tiles(call.weight, position_tiles);
+  const WgmmaLayout layout = wgmma_layout<Tile>(share.most_columns);
   __syncthreads();
-  const WgmmaLayout layout = wgmma_layout<Tile>(fixed.share.most_columns);
   if (thread >= kPairs * kWarpgroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));
-    produce<T, Tile>(call, fixed, shared, layout, position_tiles);
+    produce<T, Tile>(call, share, layout, fixed, shared, position_tiles);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kConsumerRegisters));
-    consume<T, Tile>(call, fixed, shared, layout, position_tiles);
+    consume<T, Tile>(call, share, layout, fixed, shared, position_tiles);
   }
 }
 
