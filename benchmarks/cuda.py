@@ -30,7 +30,7 @@ from fxsparse.regrouping import Block, Regrouping
 
 Call = Callable[[], object]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-HOPPER_KERNELS = ("wgmma64", "wgmma64half", "wgmma128", "wgmma128half", "wgmma256")
+HOPPER_KERNELS = ("wgmma64", "wgmma64half", "wgmma128", "wgmma128half")
 SHAPES = tuple(layer for layer in LAYERS if layer.name.startswith("r50") and "s2" not in layer.name)
 _LAUNCHES = 20
 _ROUNDS = 7

@@ -73,14 +73,12 @@ cuda::TiledKernel tiled_kernel_of(const std::string &name) {
     return cuda::TiledKernel::kWgmma64;
   if (name == "wgmma128")
     return cuda::TiledKernel::kWgmma128;
-  if (name == "wgmma256")
-    return cuda::TiledKernel::kWgmma256;
   if (name == "wgmma64half")
     return cuda::TiledKernel::kWgmma64Half;
   if (name == "wgmma128half")
     return cuda::TiledKernel::kWgmma128Half;
   STD_TORCH_CHECK(name == "portable", "'kernel' is '", name,
-                  "', expected 'auto', 'wgmma64', 'wgmma128', 'wgmma256', 'wgmma64half', 'wgmma128half' or 'portable'");
+                  "', expected 'auto', 'wgmma64', 'wgmma128', 'wgmma64half', 'wgmma128half' or 'portable'");
   return cuda::TiledKernel::kPortable;
 }
 

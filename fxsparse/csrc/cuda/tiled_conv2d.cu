@@ -32,23 +32,10 @@ int64_t units_of(int64_t height, int64_t width, int64_t channels, int64_t units)
   return count > INT_MAX ? INT64_MAX : static_cast<int64_t>(count);
 }
 
-// Positions of a tile: the more, the fewer bytes of weights and barriers a position costs; but every pair of warpgroups
-// should have a tile.
-TiledKernel choose(const TiledConv &conv, const TiledWeight &weight, const Device &device) {
-  if (device.major != 9 || conv.type == TiledType::kFloat)
-    return TiledKernel::kPortable;
-  const Conv2dGeometry &g = conv.geometry;
-  const int64_t positions = g.out_height * g.out_width * padded_batch(g.batch) * weight.tile_count;
-  const int64_t pairs = 2 * device.multiprocessors;
-  if (positions >= 8 * pairs * 256)
-    return TiledKernel::kWgmma256;
-  return positions >= pairs * 64 ? TiledKernel::kWgmma128 : TiledKernel::kWgmma64;
-}
-
 template <typename T>
-cudaError_t launch_half(TiledConv conv, const TiledWeight &weight, const TiledTensors &tensors, const Device &device,
-                        cudaStream_t stream) {
-  if (conv.kernel == TiledKernel::kPortable)
+cudaError_t launch_half(const TiledConv &conv, const TiledWeight &weight, const TiledTensors &tensors,
+                        const Device &device, cudaStream_t stream) {
+  if (conv.kernel == TiledKernel::kPortable || device.major != 9)
     return launch_tiled_mma<T>(conv, weight, tensors, stream);
   return launch_tiled_wgmma<T>(conv, weight, tensors, device.multiprocessors, stream);
 }
@@ -88,16 +75,13 @@ cudaError_t launch_tiled_conv2d(const TiledConv &conv, const TiledWeight &weight
     return status;
   if (weight.tile_count > INT_MAX / weight.tile_rows)
     return cudaErrorInvalidValue;
-  TiledConv chosen = conv;
-  if (conv.kernel == TiledKernel::kChosen)
-    chosen.kernel = choose(conv, weight, device);
   switch (conv.type) {
   case TiledType::kBFloat16:
-    return launch_half<__nv_bfloat16>(chosen, weight, tensors, device, stream);
+    return launch_half<__nv_bfloat16>(conv, weight, tensors, device, stream);
   case TiledType::kHalf:
-    return launch_half<__half>(chosen, weight, tensors, device, stream);
+    return launch_half<__half>(conv, weight, tensors, device, stream);
   case TiledType::kFloat:
-    return launch_tiled_float(chosen, weight, tensors, stream);
+    return launch_tiled_float(conv, weight, tensors, stream);
   }
   return cudaErrorInvalidValue;
 }

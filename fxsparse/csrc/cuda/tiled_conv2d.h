@@ -41,9 +41,10 @@ struct TiledWeight {
   int64_t tile_count, tile_rows, column_count, value_count; // of the four tables
 };
 
-// Which kernel runs: chosen from device, type and sizes; Hopper's tensor cores with so many positions a tile (compute
-// capability 9.0, 16-bit types); or the one for every device of compute capability 8.0 and later.
-enum class TiledKernel { kChosen, kWgmma64, kWgmma128, kWgmma256, kWgmma64Half, kWgmma128Half, kPortable };
+// Which kernel runs: chosen from device, type and sizes; Hopper's tensor cores (compute capability 9.0, 16-bit types)
+// with so many positions a tile and one CTA an SM, or ("Half") two; or the one for every device of compute
+// capability 8.0 and later. Tiles of 128 rows have one kernel on Hopper's tensor cores, whichever is asked for.
+enum class TiledKernel { kChosen, kWgmma64, kWgmma128, kWgmma64Half, kWgmma128Half, kPortable };
 
 struct TiledConv {
   Conv2dGeometry geometry; // padding_mode must be kZeros

@@ -6,7 +6,7 @@
 
 namespace fxsparse::cuda {
 
-// Compute capability 9.0; T: __half or __nv_bfloat16; kernel: one of kWgmma*.
+// Compute capability 9.0; T: __half or __nv_bfloat16; kernel: not kPortable.
 template <typename T>
 cudaError_t launch_tiled_wgmma(const TiledConv &conv, const TiledWeight &weight, const TiledTensors &tensors,
                                int multiprocessors, cudaStream_t stream);

@@ -31,25 +31,16 @@ inline constexpr int kConsumerRegisters = 184, kProducerRegisters = 72;
 // What a tile costs besides its columns, in columns: shares the tiles out over the CTAs.
 inline constexpr int kTileOverhead = 48;
 
-template <int kPositions_, int kRowBlocks_, int kPairs_> struct WgmmaTile {
+template <int kPositions_, int kRowBlocks_, int kPairs_, int kStageColumns_> struct WgmmaTile {
   static constexpr int kPositions = kPositions_, kRowBlocks = kRowBlocks_, kPairs = kPairs_;
   static constexpr int kThreads = 2 * kPairs * kWarpgroup; // consumers, then producers
   static constexpr int kSharedBytes = kPairs == 2 ? cuda::kSharedBytes : kHalfSharedBytes;
   static constexpr int kRows = kBlockRows * kRowBlocks;
   static constexpr int kUnits = kPositions / 8;
   static constexpr int kSubTiles = kPositions / kSubTile;
-  static constexpr int 
-#ifdef FX_S32
-kStageColumns = kPositions >= 128 ? 32 : 64;
-#else
-kStageColumns = kPositions == 256 ? 32 : 64;
-#endif
-
+  static constexpr int kStageColumns = kStageColumns_;
   static constexpr int kInputBytes = kStageColumns * kPositions * 2;
   static constexpr int kWeightBytes = kStageColumns * kRows * 2;
-  // wgmma of 256 columns takes more registers than 512 threads leave: two of 128 do it.
-  static constexpr int kProductPositions = kPositions < 128 ? 64 : 128;
-  static constexpr int kProducts = kPositions / kProductPositions;
   // Added tensors come through the ring too.
   static constexpr int kAddRows = kInputBytes / (kPositions * 2), kAddStages = kRows / kAddRows;
 };
@@ -328,7 +319,7 @@ template <typename T> __device__ __forceinline__ float bias_of(const WgmmaCall &
 template <typename T, class Tile>
 __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &share, const WgmmaLayout &layout,
                                         WgmmaFixed<Tile> &fixed, uint8_t *shared, int position_tiles) {
-  constexpr int kPairs = Tile::kPairs, kProducts = Tile::kProducts, kSums = Tile::kProductPositions / 2;
+  constexpr int kPairs = Tile::kPairs, kSums = Tile::kPositions / 2;
   const int pair = int(threadIdx.x) / kWarpgroup, thread = int(threadIdx.x) % kWarpgroup;
   const int warp = thread / 32, lane = thread % 32;
   const uint32_t ring = shared_address(shared) + pair * layout.stages * layout.stage_bytes;
@@ -361,11 +352,8 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
     for (int t = tiles.first; t < tiles.end; t += share.step, ++turns) {
       if (turns % kPairs != pair)
         continue;
-      float sums[Tile::kRowBlocks][kProducts][kSums];
+      float sums[Tile::kRowBlocks][kSums];
       const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
-#ifdef FX_LATE
-      int previous = -1;
-#endif
       for (int stage = stages.first; stage < stages.end; ++stage) {
         const uint32_t slot = turn.slot * layout.stage_bytes;
         const uint32_t a = weights + (layout.streamed ? slot : stage * Tile::kWeightBytes);
@@ -377,35 +365,16 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
         for (int k = 0; k < Tile::kStageColumns / 16; ++k)
 #pragma unroll
           for (int m = 0; m < Tile::kRowBlocks; ++m)
-#pragma unroll
-            for (int n = 0; n < kProducts; ++n) {
-              const uint32_t sub_tile = n * (Tile::kProductPositions / kSubTile) * (Tile::kStageColumns * 128);
-              multiply<T>(
-                  sums[m][n],
-                  matrix_descriptor<false>(a + (k * 2 * Tile::kRows + m * kBlockRows) * 16, Tile::kRows * 16, 128),
-                  matrix_descriptor<true>(b + sub_tile + k * 2048, Tile::kStageColumns * 128, 1024),
-                  stage > stages.first || k > 0);
-            }
+            multiply<T>(
+                sums[m],
+                matrix_descriptor<false>(a + (k * 2 * Tile::kRows + m * kBlockRows) * 16, Tile::kRows * 16, 128),
+                matrix_descriptor<true>(b + k * 2048, Tile::kStageColumns * 128, 1024), stage > stages.first || k > 0);
         commit_products();
-#ifdef FX_LATE
-        if (previous >= 0) {
-          wait_for_products<1>();
-          if (thread == 0)
-            arrive(empty + previous * 8);
-        }
-        previous = turn.slot;
-        turn.advance(layout.stages);
-      }
-      wait_for_products<0>();
-      if (thread == 0)
-        arrive(empty + previous * 8);
-#else
         wait_for_products<0>(); // the slot is wanted back at once; the other pair keeps the tensor cores busy
         if (thread == 0)
           arrive(empty + turn.slot * 8);
         turn.advance(layout.stages);
       }
-#endif
 
 #pragma unroll
       for (int m = 0; m < Tile::kRowBlocks; ++m) {
@@ -418,8 +387,8 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
         RingTurn add_turn = turn;
         // One pass for each step, the branches between them: code that does not run is jumped over as a whole.
 #pragma unroll
-        for (int v = 0; v < kProducts * kSums; ++v)
-          sums[m][v / kSums][v % kSums] += bias[m][v / 2 % 2];
+        for (int v = 0; v < kSums; ++v)
+          sums[m][v] += bias[m][v / 2 % 2];
         if (adds) {
           uint32_t added = 0;
           // All stages of the block are waited for, so that all threads keep the ring's time.
@@ -440,14 +409,11 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
               for (int v = 0; v < 4; ++v) {
                 const float2 both = Pair<T>::unpack(pairs[v]);
                 const int at = (z * 8 + j) * 4 + v * 2;
-                sums[m][at / kSums][at % kSums] += both.x;
-                sums[m][(at + 1) / kSums][(at + 1) % kSums] += both.y;
+                sums[m][at] += both.x, sums[m][at + 1] += both.y;
               }
             }
         }
-#pragma unroll
-        for (int n = 0; n < kProducts; ++n)
-          activate_rounded(call.activation, sums[m][n]);
+        activate_rounded(call.activation, sums[m]);
 #pragma unroll
         for (int z = 0; z < Tile::kSubTiles; ++z) {
           const int stored = stored_at(call.shape, t * Tile::kUnits + z * 8 + lane % 8);
@@ -457,7 +423,7 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
 #pragma unroll
             for (int v = 0; v < 4; ++v) {
               const int at = (z * 8 + j) * 4 + v * 2;
-              packed[v] = Pair<T>::pack(sums[m][at / kSums][at % kSums], sums[m][(at + 1) / kSums][(at + 1) % kSums]);
+              packed[v] = Pair<T>::pack(sums[m][at], sums[m][at + 1]);
             }
             store_matrices(staging + matrices(j), packed);
           }
