@@ -5,6 +5,7 @@
 #include "cuda_binding.h"
 #include "memory_plan.h"
 #include "region_program.h"
+#include "tiled_arguments.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -16,19 +17,6 @@ using cuda::Images;
 using cuda::TiledType;
 
 constexpr int64_t kAlignment = 256; // of the values, in bytes: at least what the kernels want
-
-TiledType tiled_type(const Tensor &tensor) {
-  switch (tensor.scalar_type()) {
-  case ScalarType::BFloat16:
-    return TiledType::kBFloat16;
-  case ScalarType::Half:
-    return TiledType::kHalf;
-  default:
-    STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, "'inputs' have dtype ", toString(tensor.scalar_type()),
-                    ", expected float32, bfloat16 or float16");
-    return TiledType::kFloat;
-  }
-}
 
 std::vector<int64_t> strides_of(IntHeaderOnlyArrayRef sizes, bool channels_last) {
   const int64_t dim = int64_t(sizes.size()), channel = dim - 3;
@@ -70,8 +58,8 @@ class Run {
 public:
   Run(const Program &program, const std::vector<Tensor> &inputs, const std::vector<int64_t> &outputs,
       const std::vector<Tensor> &results)
-      : program_(program), anchor_(inputs[0]), type_(tiled_type(inputs[0])), stream_(current_stream(inputs[0])),
-        values_(program.values.size()) {
+      : program_(program), anchor_(inputs[0]), type_(tiled_type_of("inputs", inputs[0])),
+        stream_(current_stream(inputs[0])), values_(program.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) {
       const bool last = is_channels_last(inputs[i]) && !inputs[i].is_contiguous();
       kept_.push_back(last ? inputs[i] : torch::stable::contiguous(inputs[i]));
@@ -193,7 +181,7 @@ private:
   Weight weight(const ProgramStep &step) {
     const Tensor &values = program_.tensor(step.weight[0]), &columns = program_.tensor(step.weight[1]),
                  &tiles = program_.tensor(step.weight[2]), &rows = program_.tensor(step.weight[3]);
-    const int64_t tile_rows = check_tiled(values, columns, tiles, rows, "inputs", anchor_);
+    const int64_t tile_rows = check_tiled(values, columns, tiles, rows, "inputs", anchor_, step.conv.out_channels);
     Weight bound = {};
     bound.conv.geometry = step.conv;
     bound.conv.type = type_;

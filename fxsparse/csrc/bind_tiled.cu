@@ -1,6 +1,6 @@
 // Registers the CUDA kernel of `conv2d_batch_inner`. Its schema is in bind_cpu.cpp.
-#include "cuda/tiled_conv2d.h"
 #include "cuda_binding.h"
+#include "tiled_arguments.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -53,19 +53,6 @@ Tensor aligned_contiguous(const Tensor &tensor) {
   return is_aligned(contiguous) ? contiguous : torch::stable::clone(contiguous);
 }
 
-cuda::TiledType tiled_type_of(const Tensor &input) {
-  switch (input.scalar_type()) {
-  case ScalarType::BFloat16:
-    return cuda::TiledType::kBFloat16;
-  case ScalarType::Half:
-    return cuda::TiledType::kHalf;
-  default:
-    STD_TORCH_CHECK(input.scalar_type() == ScalarType::Float, "'input' has dtype ", toString(input.scalar_type()),
-                    ", expected bfloat16, float16 or float32");
-    return cuda::TiledType::kFloat;
-  }
-}
-
 cuda::TiledKernel tiled_kernel_of(const std::string &name) {
   if (name == "auto")
     return cuda::TiledKernel::kChosen;
@@ -82,29 +69,6 @@ cuda::TiledKernel tiled_kernel_of(const std::string &name) {
   return cuda::TiledKernel::kPortable;
 }
 
-void check_int_vector(const char *name, const Tensor &table, const Tensor &input) {
-  check_same_device(name, table, "input", input);
-  check_vector(name, table);
-  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Int, "'", name, "' has dtype ", toString(table.scalar_type()),
-                  ", expected Int");
-}
-
-// Sizes and types; what the tables hold is held against these on the device.
-void check_tiled(const Tensor &input, const Tensor &values, const Tensor &columns, const Tensor &tiles,
-                 const Tensor &rows, int64_t out_channels) {
-  check_vector("tile_values", values);
-  check_like("tile_values", values, "input", input);
-  check_int_vector("tile_columns", columns, input);
-  check_int_vector("tile_rows", rows, input);
-  check_same_device("tiles", tiles, "input", input);
-  check_table("tiles", tiles, cuda::kTileFields);
-  const int64_t count = tiles.size(0), lanes = rows.size(0);
-  STD_TORCH_CHECK(lanes == 64 * count || lanes == 128 * count, "'tile_rows' has ", lanes,
-                  " lanes, expected 64 or 128 for each of ", count, " tiles");
-  STD_TORCH_CHECK(lanes >= out_channels, "'tile_rows' has ", lanes, " lanes, expected at least the ", out_channels,
-                  " output channels");
-}
-
 Tensor conv2d_batch_inner(const Tensor &input, const Tensor &tile_values, const Tensor &tile_columns,
                           const Tensor &tiles, const Tensor &tile_rows, const std::optional<Tensor> &bias,
                           IntHeaderOnlyArrayRef weight_shape, IntHeaderOnlyArrayRef stride,
@@ -115,8 +79,9 @@ Tensor conv2d_batch_inner(const Tensor &input, const Tensor &tile_values, const 
   STD_TORCH_CHECK(input.dim() == 4, "'input' has shape ", list_text(input.sizes()), ", expected (N, C, H, W)");
   const Conv2dGeometry geometry = checked_geometry(checked_images("input", input), weight_shape, stride, padding,
                                                    dilation, groups, PaddingMode::kZeros, activation_of(activation));
-  const cuda::TiledConv conv{geometry, tiled_type_of(input), tiled_kernel_of(kernel), overlap};
-  check_tiled(input, tile_values, tile_columns, tiles, tile_rows, geometry.out_channels);
+  const cuda::TiledConv conv{geometry, tiled_type_of("input", input), tiled_kernel_of(kernel), overlap};
+  const int64_t rows_of_tile =
+      check_tiled(tile_values, tile_columns, tiles, tile_rows, "input", input, geometry.out_channels);
   if (bias.has_value())
     check_bias(*bias, "input", input, geometry.out_channels);
   const std::vector<int64_t> sizes = output_shape(geometry, input);
@@ -127,7 +92,6 @@ Tensor conv2d_batch_inner(const Tensor &input, const Tensor &tile_values, const 
                     ", expected that of the output, ", list_text(sizes));
   }
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  const int64_t rows_of_tile = tile_rows.size(0) / std::max<int64_t>(tiles.size(0), 1);
   const char *refusal = cuda::tiled_conv2d_refusal(conv, rows_of_tile);
   STD_TORCH_CHECK(refusal == nullptr, "'conv2d_batch_inner' does not do this convolution: ", refusal,
                   ". Use 'conv2d' for it");

@@ -227,26 +227,6 @@ inline void check_packed(const Tensor &values, const Tensor &columns, const Tens
                   out_channels, " output channels");
 }
 
-// Checks a weight in tiled form (fxsparse/ops/tiles.py) and returns the rows of a tile.
-inline int64_t check_tiled(const Tensor &values, const Tensor &columns, const Tensor &tiles, const Tensor &rows,
-                           const char *anchor_name, const Tensor &anchor) {
-  check_vector("tile_values", values);
-  check_like("tile_values", values, anchor_name, anchor);
-  check_same_device("tile_columns", columns, anchor_name, anchor);
-  check_same_device("tiles", tiles, anchor_name, anchor);
-  check_same_device("tile_rows", rows, anchor_name, anchor);
-  for (const auto &[name, table] : {std::pair("tile_columns", &columns), std::pair("tile_rows", &rows)}) {
-    STD_TORCH_CHECK(table->scalar_type() == ScalarType::Int, "'", name, "' has dtype ", toString(table->scalar_type()),
-                    ", expected Int");
-    check_vector(name, *table);
-  }
-  check_table("tiles", tiles, 4);
-  const int64_t lanes = tiles.size(0) == 0 ? 64 : rows.numel() / tiles.size(0);
-  STD_TORCH_CHECK((lanes == 64 || lanes == 128) && rows.numel() == lanes * tiles.size(0), "'tile_rows' has ",
-                  rows.numel(), " rows, expected 64 or 128 for each of ", tiles.size(0), " tiles");
-  return lanes;
-}
-
 inline void check_bias(const Tensor &bias, const char *anchor_name, const Tensor &anchor, int64_t out_channels) {
   check_like("bias", bias, anchor_name, anchor);
   STD_TORCH_CHECK(bias.dim() == 1 && bias.size(0) == out_channels, "'bias' has shape ", list_text(bias.sizes()),

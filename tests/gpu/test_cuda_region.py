@@ -112,7 +112,7 @@ def test_empty_batches_and_refusals() -> None:
     x = torch.randn(0, 8, 12, 12, device="cuda")
     assert drawn.run_batch_inner([x], [11])[0].shape == (0, 72, 1, 1)
     x = torch.randn(8, 8, 12, 12, device="cuda")
-    with pytest.raises(RuntimeError, match="float32, bfloat16 or float16"):
+    with pytest.raises(RuntimeError, match="bfloat16, float16 or float32"):
         drawn.run_batch_inner([x.double()], [11])
     tensors = drawn.tiled(x)
     for at, value, message in [(2, tensors[2][:, :3], "'tiles'"), (0, tensors[0].half(), "'tile_values' has dtype")]:
