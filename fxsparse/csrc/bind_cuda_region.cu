@@ -61,7 +61,7 @@ public:
       : program_(program), anchor_(inputs[0]), type_(tiled_type_of("inputs", inputs[0])),
         stream_(current_stream(inputs[0])), values_(program.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) {
-      const bool last = is_channels_last(inputs[i]) && !inputs[i].is_contiguous();
+      const bool last = is_channels_last(inputs[i]) && !inputs[i].is_contiguous() && is_aligned(inputs[i]);
       kept_.push_back(last ? inputs[i] : torch::stable::contiguous(inputs[i]));
       values_[i].outside = const_cast<void *>(kept_.back().const_data_ptr());
       values_[i].layout = last ? ImageLayout::kChannelsLast : ImageLayout::kContiguous;
@@ -174,7 +174,7 @@ private:
   }
 
   const Tensor &contiguous(const Tensor &tensor) {
-    kept_.push_back(torch::stable::contiguous(tensor));
+    kept_.push_back(aligned_contiguous(tensor));
     return kept_.back();
   }
 

@@ -7,10 +7,6 @@
 namespace fxsparse {
 namespace {
 
-constexpr uintptr_t kAlignment = 16;
-
-bool is_aligned(const Tensor &tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kAlignment == 0; }
-
 // [N, C, H, W] stored as [H][W][C][Np].
 std::vector<int64_t> batch_inner_strides(IntHeaderOnlyArrayRef sizes) {
   const int64_t lanes = cuda::padded_batch(sizes[0]);
@@ -46,11 +42,6 @@ Tensor to_batch_inner(const Tensor &tensor) {
   Tensor copy = empty_batch_inner(tensor, {sizes.begin(), sizes.end()});
   torch::stable::copy_(copy, tensor);
   return copy;
-}
-
-Tensor aligned_contiguous(const Tensor &tensor) {
-  const Tensor contiguous = torch::stable::contiguous(tensor);
-  return is_aligned(contiguous) ? contiguous : torch::stable::clone(contiguous);
 }
 
 cuda::TiledKernel tiled_kernel_of(const std::string &name) {

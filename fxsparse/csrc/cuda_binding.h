@@ -28,6 +28,14 @@ inline void check_cuda(const char *name, const Tensor &tensor) {
                   ", expected the CUDA device where another tensor is");
 }
 
+// Whether kernels can read 16 bytes at a time.
+inline bool is_aligned(const Tensor &tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
+
+inline Tensor aligned_contiguous(const Tensor &tensor) {
+  const Tensor contiguous = torch::stable::contiguous(tensor);
+  return is_aligned(contiguous) ? contiguous : torch::stable::clone(contiguous);
+}
+
 inline void check_launch(cudaError_t status) {
   STD_TORCH_CHECK(status == cudaSuccess, "The CUDA launch failed: ", cudaGetErrorString(status));
 }

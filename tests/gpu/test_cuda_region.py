@@ -107,6 +107,20 @@ def test_an_input_that_is_read_twice_is_moved_once_and_whole() -> None:
     assert torch.equal(twice, torch.relu(x + x).contiguous())
 
 
+def test_tensors_may_begin_anywhere() -> None:
+    drawn = batch_inner_net()
+    x = torch.randn(9, 8, 12, 12, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+    def shifted(tensor: Tensor) -> Tensor:
+        moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:]
+        return moved.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
+
+    tensors = drawn.tiled(x)
+    (wanted,) = OP([x], tensors, drawn.program, [8], [])
+    (got,) = OP([shifted(x)], [shifted(tensor) for tensor in tensors], drawn.program, [8], [])
+    assert torch.equal(got, wanted)
+
+
 def test_empty_batches_and_refusals() -> None:
     drawn = batch_inner_net()
     x = torch.randn(0, 8, 12, 12, device="cuda")
