@@ -209,9 +209,9 @@ def make_masks(model: nn.Module, structure: str, zeros: float, group_rows: int =
 
     Args:
         model: any module; not changed.
-        structure: "regrouped": groups of `group_rows` rows, drawn at random, each with its own random columns, of which all
-            weights are kept; "unstructured": the largest weights of each layer; "blocks": these, regrouped, so that
-            as many weights are kept in blocks.
+        structure: "regrouped": groups of `group_rows` rows, drawn at random, each with its own random columns, of which
+            all weights are kept; "unstructured": the largest weights of each layer; "blocks": these, regrouped, so
+            that as many weights are kept in blocks.
         zeros: share of the weights that are pruned.
         group_rows: rows of a group.
     """

@@ -1,9 +1,9 @@
 """Pruned networks on a GPU against the best dense ways to run them: `python -m benchmarks cuda`.
 
 The dense sides gain nothing from zeros: torch.compile with mode="reduce-overhead", and eager kernels in a CUDA graph in
-both memory formats, batch norms folded and cuDNN's own benchmark on. The converted model is calibrated with deploy="graph"
-at the batch size at which it is timed, and runs as a CUDA graph too. All are timed in one interleaved run, on random
-images; every output is first checked against the masked dense model in float64. Nothing computes in TF32.
+both memory formats, batch norms folded and cuDNN's own benchmark on. The converted model is calibrated with
+deploy="graph" at the batch size at which it is timed, and runs as a CUDA graph too. All are timed in one interleaved
+run, on random images; every output is first checked against the masked dense model's. Nothing computes in TF32.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 Called one by one, small convolutions cost as much to call as to compute, and large ones write their results to memory
 and read them back. On a CPU `fxsparse::region` runs many as one call, a few images at a time. On CUDA
-`fxsparse::region_batch_inner` runs them on images stored batch-innermost, where any columns of a weight are read in whole
-sectors: a change of layout costs about as much as a layer, so there is one where a region begins and one where it ends.
+`fxsparse::region_batch_inner` runs them on images stored batch-innermost, where any columns of a weight are read in
+whole sectors: a change of layout costs about as much as a layer, so there is one where a region begins and one where it
+ends.
 """
 
 from __future__ import annotations

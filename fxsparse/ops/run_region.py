@@ -35,7 +35,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 def _cast_tiles(
     dtype: torch.dtype, inputs: list[Tensor], tensors: list[Tensor], program: list[int], *rest: Any
 ) -> tuple[Any, ...]:
-    """Return the arguments with their tiled values in another dtype, in whose tiles the columns lie in another order."""
+    """Return the arguments with their tiled values in another dtype, in whose tiles columns lie in another order."""
     cast = list(tensors)
     for step in steps_of(program):
         if isinstance(step, Conv):

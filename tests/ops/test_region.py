@@ -6,13 +6,12 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from region_cases import Drawn, close, residual_net
 
 import fxsparse
-from fxsparse.ops.region import ACTIVATIONS, NONE, PADDING_MODES, Add, Conv, MaxPool, reference, steps_of
+from fxsparse.ops.region import ACTIVATIONS, NONE, PADDING_MODES, Add, MaxPool, reference, steps_of
 
 compiled = pytest.mark.skipif(fxsparse.capabilities().cpu == "reference", reason="the compiled operators are not built")
 
