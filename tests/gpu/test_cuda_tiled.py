@@ -234,13 +234,13 @@ def test_a_chain_in_a_graph_replays_a_thousand_times_bit_equal(dtype: torch.dtyp
     case = Drawn(dtype=dtype, batch=64, bias=True, **options)
     for kernel in _kernels(dtype):
         arguments = _arguments(case, kernel=kernel)
-        first = arguments["input"].clone(memory_format=torch.preserve_format)
+        arguments["tile_values"] = arguments["tile_values"] * 0.05  # so that nothing overflows
 
-        def chain(arguments: dict[str, Any] = arguments, first: Tensor = first) -> Tensor:
-            value = first
+        def chain(arguments: dict[str, Any] = arguments) -> Tensor:
+            value = arguments["input"]
             for _ in range(4):
                 value = OP(**arguments | {"input": value, "add": value})
-                value = OP(**arguments | {"input": value, "add": None}) * 0.25
+                value = OP(**arguments | {"input": value, "add": None})
             return value
 
         wanted = chain()
@@ -250,7 +250,7 @@ def test_a_chain_in_a_graph_replays_a_thousand_times_bit_equal(dtype: torch.dtyp
             out = chain()
         for _ in range(1000):
             graph.replay()
-        assert torch.equal(out, wanted) and not out.isnan().any()
+        assert torch.equal(out, wanted) and out.isfinite().all() and out.any()
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, wanted)
