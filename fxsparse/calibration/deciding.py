@@ -213,7 +213,8 @@ def _options(
     in_regions = any(candidate.needs == BATCH_INNER for candidates in allowed.values() for candidate in candidates)
     if not in_regions or not _is_step(gm, node, found):
         return options
-    return (*options, Option(BATCH_INNER, BATCH_INNER, 0.0))
+    # There a node costs no more than in the better of torch's layouts.
+    return (*options, Option(BATCH_INNER, BATCH_INNER, min(option.cost for option in options)))
 
 
 def _is_step(gm: GraphModule, node: Node, found: Measurements) -> bool:
