@@ -51,7 +51,7 @@ def _poisoned(tensor: Tensor) -> Tensor:
     return memory[..., :batch].permute(3, 2, 0, 1)
 
 
-def _arguments(case: Drawn, rows: int | None = None, **changes: Any) -> dict[str, Any]:
+def _arguments(case: Drawn, rows: int = 64, **changes: Any) -> dict[str, Any]:
     tiled = tiles.tile(case.packed, rows)
     arguments = {
         "input": _poisoned(case.input),
@@ -71,7 +71,7 @@ def _arguments(case: Drawn, rows: int | None = None, **changes: Any) -> dict[str
     return arguments | changes
 
 
-def _run(case: Drawn, kernel: str = "auto", rows: int | None = None, **changes: Any) -> Tensor:
+def _run(case: Drawn, kernel: str = "auto", rows: int = 64, **changes: Any) -> Tensor:
     poison = torch.full((1 << 20,), float("nan"), device="cuda")
     del poison  # what the output's memory holds, if the allocator reuses it
     got: Tensor = OP(**_arguments(case, rows, kernel=kernel, **changes))
@@ -163,7 +163,7 @@ def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype) -> None:
         seed=seed,
     )
     for kernel in _kernels(dtype):
-        _check(case, _run(case, kernel, None if kernel == "auto" else 64))
+        _check(case, _run(case, kernel))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -302,7 +302,7 @@ def test_tables_that_point_outside_stop_the_kernel() -> None:
     running = {}
     for dtype, kernel in (("bfloat16", "auto"), ("bfloat16", "portable"), ("float32", "auto")):
         for name, changes in damages.items():
-            for index, value in changes:
+            for index, value in changes if kernel == "auto" and dtype == "bfloat16" else changes[:1]:
                 values = {"dtype": dtype, "kernel": kernel, "name": name, "index": index, "value": value}
                 code = HOSTILE.format(folder=str(Path(__file__).parent), **values)
                 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

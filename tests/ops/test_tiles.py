@@ -54,7 +54,7 @@ def test_the_kernels_reads_give_the_convolution(data: st.DataObject) -> None:
         dtype=pick(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         seed=pick(st.integers(0, 99)),
     )
-    tiled = tiles.tile(case.packed, pick(st.sampled_from([None, 64, 128])))
+    tiled = tiles.tile(case.packed, pick(st.sampled_from([64, 128])))
     got = tiles_emulator.run(
         tiled, case.input, case.stride, case.padding, case.dilation, pick(st.sampled_from([64, 128, 256]))
     )
@@ -134,11 +134,10 @@ def test_groups_of_32_rows_are_merged_with_those_that_share_the_most_columns() -
     }
 
 
-def test_rows_are_in_tiles_of_128_where_groups_are_that_large() -> None:
-    large, _ = _packed(256, 400, [(list(range(128)), list(range(200))), (list(range(128, 256)), list(range(200, 400)))])
-    small, _ = _packed(128, 400, [(list(range(64)), list(range(200))), (list(range(64, 128)), list(range(200, 400)))])
-    assert tiles.tile(large).tile_rows == 128
-    assert tiles.tile(small).tile_rows == 64
+def test_a_group_of_more_rows_than_a_tile_is_split() -> None:
+    packed, _ = _packed(200, 400, [(list(range(200)), list(range(100)))])
+    assert tiles.tile(packed).tiles[:, 1].tolist() == [100] * 4
+    assert tiles.tile(packed, 128).tiles[:, 1].tolist() == [100] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,14 +4,15 @@
 // batch innermost). D[rows][positions] = W[rows][columns] X[columns][positions]: W lies ready in the weight's tables, a
 // row of X is kPositions * 2 bytes of the input, in pieces of at least 16.
 //
-// One persistent CTA an SM has two independent pairs of warpgroups, each with a ring of stages: a producer gathers X by
-// cp.async into the layout that wgmma reads, a consumer multiplies and stores. A pair takes every other tile, so that
-// one pair's epilogue runs under the other's main loop. The weights and decoded columns of a row tile stay in shared
-// memory for all position tiles that the CTA has of it; where they leave too little room for the rings, they go through
-// the rings with the gathered rows ("streamed").
+// An SM has two pairs of warpgroups, in one persistent CTA or in two, each with a ring of stages: a producer gathers X
+// by cp.async into the layout that wgmma reads, a consumer multiplies and stores. In one CTA a pair takes every other
+// tile. One pair's epilogue runs under the other's main loop. The weights and decoded columns of a row tile stay in
+// shared memory for all position tiles that the CTA has of it; where they leave too little room for the rings, they go
+// through the rings with the gathered rows ("streamed").
 //
 // Roofline: the gather moves 2 bytes a column and position from L2 for 64 (128) rows: at 64 rows L2 bounds before the
-// tensor cores do; layers with few columns are bound by the memory that input and output need once.
+// tensor cores do; layers with few columns are bound by the memory that input and output need once. Short launches are
+// bound by instruction fetches: every unrolled line is paid for.
 #pragma once
 
 #include "ptx.h"
