@@ -17,9 +17,8 @@ from fxsparse.ops.packing import PackedWeight
 from fxsparse.sites import ConvSite
 
 SUFFIXES = ("_tile_values", "_tile_columns", "_tiles", "_tile_rows")
-# Where convolutions run on tiled weights, and from how many images on: below, 16-byte reads are mostly padding.
+# Where convolutions run on tiled weights.
 DEVICES = ("cuda",)
-LEAST_BATCH = 8
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 
@@ -32,7 +31,7 @@ def names_of(site: ConvSite) -> tuple[str, ...]:
 
 def are_possible(gm: GraphModule, site: ConvSite, input_shape: tuple[int, ...] | None) -> bool:
     """Tell whether a site can run on a tiled weight, on images like those that it saw."""
-    if site.packed is None or input_shape is None or len(input_shape) != 4 or input_shape[0] < LEAST_BATCH:
+    if site.packed is None or input_shape is None or len(input_shape) != 4:
         return False
     if site.padding_mode != "zeros" or tiles.refusal(site.weight_shape, site.groups) is not None:
         return False

@@ -12,7 +12,7 @@ from torch import Tensor
 import fxsparse
 from fxsparse.ops.packing import PackedWeight, pack
 from fxsparse.ops.region import NONE, Add, Average, Conv, MaxPool, Step
-from fxsparse.ops.tiles import tile
+from fxsparse.ops.tiles import ROWS, tile
 
 
 @dataclasses.dataclass
@@ -62,11 +62,11 @@ class Drawn:
         tensors = self.tiled(inputs[0])
         return torch.ops.fxsparse.region_batch_inner(inputs, tensors, self.program, outputs, list(channels_last))
 
-    def tiled(self, like: Tensor) -> list[Tensor]:
+    def tiled(self, like: Tensor, tile_rows: int = ROWS) -> list[Tensor]:
         """Return the tensors with tiled weights, in the dtype and on the device of another."""
         tensors = [t.to(like) if t.is_floating_point() else t for t in self.tensors]
         for first, packed in self.packed.items():
-            made = tile(dataclasses.replace(packed, values=packed.values.to(like.dtype)))
+            made = tile(dataclasses.replace(packed, values=packed.values.to(like.dtype)), tile_rows)
             tensors[first : first + 4] = [t.to(like.device) for t in (made.values, made.columns, made.tiles, made.rows)]
         return tensors
 

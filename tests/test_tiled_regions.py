@@ -86,9 +86,13 @@ def test_one_region_from_the_pooled_stem_to_the_mean() -> None:
     assert close(fast, x)
 
 
-def test_small_batches_and_other_paddings_stay_as_they_were() -> None:
-    fast, x = converted(batch=7)
-    assert "region_batch_inner" not in fast.code and close(fast, x)
+@pytest.mark.parametrize("batch", [1, 7])
+def test_small_batches_run_so_too(batch: int) -> None:
+    fast, x = converted(batch=batch)
+    assert fast.code.count("torch.ops.fxsparse.region_batch_inner") == 1 and close(fast, x)
+
+
+def test_other_paddings_stay_as_they_were() -> None:
     model = Net().eval()
     model.a.padding_mode = "reflect"
     fast, x = converted(model=model)

@@ -73,6 +73,7 @@ public:
     }
     find_readers();
     bind_weights();
+    pool_with_convs();
     place();
   }
 
@@ -87,7 +88,8 @@ public:
       for (const int64_t value : {step.input, step.add})
         if (value >= 0 && is_input(value) && !values_[value].entered && !values_[value].skipped)
           enter(value, i);
-      check(queue(step, weights_[i]), i);
+      if (!values_[step.output].pooled_by_conv)
+        check(queue(step, weights_[i]), i);
       if (values_[step.output].outside != nullptr && !leaves_at_once(step))
         leave(step.output, i);
     }
@@ -102,6 +104,9 @@ private:
     bool entered = false;
     // An input that the pooling behind it reads where it lies, or an activation before that pooling.
     bool skipped = false;
+    // The pooled result of a convolution that pools by itself; and the convolution's own, which is nowhere.
+    bool pooled_by_conv = false;
+    int64_t pooled = -1;
   };
 
   struct Weight {
@@ -121,6 +126,8 @@ private:
     const ProgramValue &v = program_.values[value];
     return v.channels * v.height * v.width * cuda::padded_batch(program_.batch);
   }
+
+  int64_t stored_as(int64_t value) const { return values_[value].pooled < 0 ? value : values_[value].pooled; }
 
   void *at(int64_t value) const { return value < 0 ? nullptr : memory_ + values_[value].at; }
 
@@ -173,6 +180,29 @@ private:
     }
   }
 
+  // A convolution whose result one pooling alone reads, in windows of 2 x 2 side by side, writes the pooled result.
+  void pool_with_convs() {
+    for (const ProgramStep &pool : program_.steps) {
+      if (pool.kind != ProgramKind::kMaxPool || is_input(pool.input))
+        continue;
+      const size_t before = size_t(pool.input - program_.inputs());
+      const ProgramStep &conv = program_.steps[before];
+      const PoolWindow &w = pool.window;
+      bool fits = conv.kind == ProgramKind::kConv && conv.add < 0;
+      for (int axis = 0; axis < 2; ++axis)
+        fits = fits && w.kernel[axis] == 2 && w.stride[axis] == 2 && w.pad[axis] == 0 && w.dilation[axis] == 1;
+      const ProgramValue &in = program_.values[pool.input], &out = program_.values[pool.output];
+      fits = fits && out.height == in.height / 2 && out.width == in.width / 2; // not with ceil_mode and odd sizes
+      Value &own = values_[pool.input], &result = values_[pool.output];
+      if (!fits || own.readers != 1 || own.outside != nullptr || !can_pool_tiled_conv2d(weights_[before].conv))
+        continue;
+      weights_[before].conv.pools = true;
+      own.pooled = pool.output;
+      result.pooled_by_conv = true;
+      result.first = int64_t(before);
+    }
+  }
+
   const Tensor &contiguous(const Tensor &tensor) {
     kept_.push_back(aligned_contiguous(tensor));
     return kept_.back();
@@ -207,7 +237,7 @@ private:
     const int64_t element = type_ == TiledType::kFloat ? 4 : 2;
     std::vector<Life> lives;
     for (size_t v = 0; v < values_.size(); ++v) {
-      const bool there = values_[v].first >= 0 && !values_[v].skipped;
+      const bool there = values_[v].first >= 0 && !values_[v].skipped && values_[v].pooled < 0;
       const int64_t bytes = there ? count(int64_t(v)) * element : 0;
       lives.push_back({values_[v].first, values_[v].last, 0, (bytes + kAlignment - 1) / kAlignment * kAlignment});
     }
@@ -233,7 +263,7 @@ private:
     switch (step.kind) {
     case ProgramKind::kConv:
       return launch_tiled_conv2d(weight.conv, weight.tiled,
-                                 {at(step.input), weight.bias, at(step.add), at(step.output)}, stream_);
+                                 {at(step.input), weight.bias, at(step.add), at(stored_as(step.output))}, stream_);
     case ProgramKind::kMaxPool:
       return max_pool(step);
     case ProgramKind::kAdd:

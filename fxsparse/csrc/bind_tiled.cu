@@ -70,7 +70,7 @@ Tensor conv2d_batch_inner(const Tensor &input, const Tensor &tile_values, const 
   STD_TORCH_CHECK(input.dim() == 4, "'input' has shape ", list_text(input.sizes()), ", expected (N, C, H, W)");
   const Conv2dGeometry geometry = checked_geometry(checked_images("input", input), weight_shape, stride, padding,
                                                    dilation, groups, PaddingMode::kZeros, activation_of(activation));
-  const cuda::TiledConv conv{geometry, tiled_type_of("input", input), tiled_kernel_of(kernel), overlap};
+  const cuda::TiledConv conv{geometry, tiled_type_of("input", input), tiled_kernel_of(kernel), overlap, false};
   const int64_t rows_of_tile =
       check_tiled(tile_values, tile_columns, tiles, tile_rows, "input", input, geometry.out_channels);
   if (bias.has_value())

@@ -55,6 +55,31 @@ def test_every_step(batch: int, dtype: torch.dtype, memory_format: torch.memory_
     agrees(batch_inner_net(), x, [11, 9, 8, 3, 2], (8, 3))
 
 
+@pytest.mark.parametrize("tile_rows", [64, 128])
+@pytest.mark.parametrize("dtype", list(RELATIVE))
+@pytest.mark.parametrize("channels, density", [(24, 0.3), (200, 0.05), (136, 0.9)])
+@pytest.mark.parametrize("batch, height, width", [(1, 9, 14), (12, 8, 8), (64, 21, 6), (256, 18, 17)])
+def test_convolutions_pool_by_themselves(
+    batch: int, height: int, width: int, channels: int, density: float, dtype: torch.dtype, tile_rows: int
+) -> None:
+    drawn = Drawn(normed=True)
+    drawn.conv(0, (channels, 8, 3, 3), padding=(1, 1, 1, 1), activation="silu")  # 1
+    drawn.steps.append(MaxPool(1, (2, 2), (2, 2), (0, 0), (1, 1), False))  # 2
+    drawn.conv(2, (channels, channels, 3, 3), density, padding=(2, 1, 0, 2), stride=(1, 2), dilation=(2, 1))  # 3
+    drawn.steps.append(MaxPool(3, (2, 2), (2, 2), (0, 0), (1, 1), True))  # 4
+    x = torch.randn(batch, 8, height, width, device="cuda", dtype=dtype)
+    x[0, :, height // 2, 1] = float("nan")
+    tensors = drawn.tiled(x, tile_rows)
+    pooled = OP([x], tensors, drawn.program, [2], [])[0]
+    last = OP([x], tensors, drawn.program, [4], [])[0]
+    # A result that leaves the region is written before it is pooled.
+    one_by_one = OP([x], tensors, drawn.program, [1, 2, 3, 4], [])
+    assert torch.equal(pooled.nan_to_num(7), one_by_one[1].nan_to_num(7))
+    assert torch.equal(last.nan_to_num(7), one_by_one[3].nan_to_num(7))
+    assert pooled.isnan().any() and not pooled.isnan().all()
+    assert torch.equal(pooled.isnan(), torch.max_pool2d(one_by_one[0], 2).isnan())
+
+
 def test_the_steps_of_a_cpu_region() -> None:
     drawn = residual_net()
     drawn.normed = True

@@ -83,7 +83,7 @@ cudaError_t launch_transpose(const Images &images, ImageLayout layout, const voi
                        uint32_t(plane),
                        layout == ImageLayout::kChannelsLast || plane == 1};
   const dim3 grid((t.elements + kSide - 1) / kSide, (t.padded_batch + kSide - 1) / kSide);
-  return launch_overlapping(transpose<Word, kInward>, grid, kThreads, stream, t, static_cast<const Word *>(input),
+  return launch_overlapping(transpose<Word, kInward>, grid, kThreads, 0, stream, t, static_cast<const Word *>(input),
                             static_cast<Word *>(output));
 }
 
@@ -213,9 +213,9 @@ cudaError_t launch_pool_to_batch_inner(const MaxPool &pool, TiledType type, cons
   const Lanes lanes = lanes_of(padded / 8, pool.in.channels / 8);
   const dim3 grid = grid_of(lanes, padded, pool.in.channels, positions);
   if (type == TiledType::kHalf)
-    return launch_overlapping(pool_tiles<__half>, grid, kThreads, stream, pool, lanes,
+    return launch_overlapping(pool_tiles<__half>, grid, kThreads, 0, stream, pool, lanes,
                               static_cast<const __half *>(input), static_cast<__half *>(output));
-  return launch_overlapping(pool_tiles<__nv_bfloat16>, grid, kThreads, stream, pool, lanes,
+  return launch_overlapping(pool_tiles<__nv_bfloat16>, grid, kThreads, 0, stream, pool, lanes,
                             static_cast<const __nv_bfloat16 *>(input), static_cast<__nv_bfloat16 *>(output));
 }
 
@@ -239,7 +239,7 @@ cudaError_t launch_from_batch_inner(const Images &images, ImageLayout to, TiledT
   const int64_t padded = padded_batch(images.batch);
   const Lanes lanes = lanes_of(padded / 8, images.channels / 8);
   const dim3 grid = grid_of(lanes, padded, images.channels, images.height * images.width);
-  return launch_overlapping(leave_tiles, grid, kThreads, stream, images, lanes, static_cast<const uint16_t *>(input),
+  return launch_overlapping(leave_tiles, grid, kThreads, 0, stream, images, lanes, static_cast<const uint16_t *>(input),
                             static_cast<uint16_t *>(output));
 }
 

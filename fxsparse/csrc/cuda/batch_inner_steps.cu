@@ -155,7 +155,7 @@ cudaError_t launch_max_pool(const MaxPool &pool, TiledType type, const void *inp
     const auto kernel = square && pool.kernel[0] == 2   ? max_pool<T, 2>
                         : square && pool.kernel[0] == 3 ? max_pool<T, 3>
                                                         : max_pool<T, 0>;
-    return launch_overlapping(kernel, grid, kThreads, stream, pool, line, vectors_at(input),
+    return launch_overlapping(kernel, grid, kThreads, 0, stream, pool, line, vectors_at(input),
                               static_cast<uint4 *>(output));
   });
 }
@@ -165,7 +165,7 @@ cudaError_t launch_average(const Images &images, TiledType type, const void *inp
   return with_type(type, [&](auto element) {
     using T = decltype(element);
     const int64_t line = images.channels * padded_batch(images.batch) / kVector<T>;
-    return launch_overlapping(average<T>, dim3(unsigned((line + 31) / 32)), kThreads, stream,
+    return launch_overlapping(average<T>, dim3(unsigned((line + 31) / 32)), kThreads, 0, stream,
                               images.height * images.width, line, leaves ? images.batch : 0, vectors_at(input),
                               static_cast<T *>(output));
   });
@@ -177,8 +177,8 @@ cudaError_t launch_add(int64_t count, Activation activation, TiledType type, con
     using T = decltype(element);
     const int64_t vectors = count / kVector<T>;
     const auto kernel = added == nullptr ? add<T, false> : add<T, true>;
-    return launch_overlapping(kernel, dim3(blocks(vectors)), kThreads, stream, vectors, activation, vectors_at(input),
-                              vectors_at(added), static_cast<uint4 *>(output));
+    return launch_overlapping(kernel, dim3(blocks(vectors)), kThreads, 0, stream, vectors, activation,
+                              vectors_at(input), vectors_at(added), static_cast<uint4 *>(output));
   });
 }
 

@@ -15,8 +15,8 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 }
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
-                               const Arguments &...arguments) {
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                               cudaStream_t stream, const Arguments &...arguments) {
   int device = 0, major = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess)
     return status;
@@ -29,8 +29,9 @@ cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int thr
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
-  config.attrs = &overlap;
+  config.attrs = &overlap; // unknown to devices before compute capability 9.0
   config.numAttrs = major >= 9;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }

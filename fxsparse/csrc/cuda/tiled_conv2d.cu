@@ -32,12 +32,16 @@ int64_t units_of(int64_t height, int64_t width, int64_t channels, int64_t units)
   return count > INT_MAX ? INT64_MAX : static_cast<int64_t>(count);
 }
 
+bool runs_wgmma(const TiledConv &conv, const Device &device) {
+  return conv.type != TiledType::kFloat && conv.kernel != TiledKernel::kPortable && device.major == 9;
+}
+
 template <typename T>
 cudaError_t launch_half(const TiledConv &conv, const TiledWeight &weight, const TiledTensors &tensors,
                         const Device &device, cudaStream_t stream) {
-  if (conv.kernel == TiledKernel::kPortable || device.major != 9)
-    return launch_tiled_mma<T>(conv, weight, tensors, stream);
-  return launch_tiled_wgmma<T>(conv, weight, tensors, device.multiprocessors, stream);
+  if (runs_wgmma(conv, device))
+    return launch_tiled_wgmma<T>(conv, weight, tensors, device.multiprocessors, stream);
+  return launch_tiled_mma<T>(conv, weight, tensors, stream);
 }
 
 } // namespace
@@ -64,6 +68,11 @@ const char *tiled_conv2d_refusal(const TiledConv &conv, int64_t tile_rows) {
   return nullptr;
 }
 
+bool can_pool_tiled_conv2d(const TiledConv &conv) {
+  Device device;
+  return current_device(device) == cudaSuccess && runs_wgmma(conv, device);
+}
+
 cudaError_t launch_tiled_conv2d(const TiledConv &conv, const TiledWeight &weight, const TiledTensors &tensors,
                                 cudaStream_t stream) {
   const Conv2dGeometry &g = conv.geometry;
@@ -73,7 +82,8 @@ cudaError_t launch_tiled_conv2d(const TiledConv &conv, const TiledWeight &weight
   const cudaError_t status = current_device(device);
   if (status != cudaSuccess)
     return status;
-  if (weight.tile_count > INT_MAX / weight.tile_rows)
+  if (weight.tile_count > INT_MAX / weight.tile_rows ||
+      (conv.pools && (!runs_wgmma(conv, device) || tensors.add != nullptr)))
     return cudaErrorInvalidValue;
   switch (conv.type) {
   case TiledType::kBFloat16:
@@ -81,7 +91,7 @@ cudaError_t launch_tiled_conv2d(const TiledConv &conv, const TiledWeight &weight
   case TiledType::kHalf:
     return launch_half<__half>(conv, weight, tensors, device, stream);
   case TiledType::kFloat:
-    return launch_tiled_float(conv, weight, tensors, stream);
+    return launch_tiled_float(conv, weight, tensors, device.multiprocessors, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -53,6 +53,9 @@ struct TiledConv {
   // The kernel may start while the one before it on the stream still runs (it waits before it reads or writes
   // activations). Off: only for measuring what that is worth.
   bool overlap;
+  // What is stored is the maximum of each window of 2 x 2 positions; a last odd row or column falls away. The geometry
+  // is the convolution's, the output's sizes are half of it. Nothing can be added. See can_pool_tiled_conv2d.
+  bool pools;
 };
 
 struct TiledTensors {
@@ -67,6 +70,9 @@ inline int64_t padded_batch(int64_t batch) { return (batch + 7) / 8 * 8; }
 
 // Why this cannot run on the current device, for an error message, or null. `tile_rows`: of the weight.
 const char *tiled_conv2d_refusal(const TiledConv &conv, int64_t tile_rows);
+
+// Whether the current device has a kernel that pools what such a convolution gives.
+bool can_pool_tiled_conv2d(const TiledConv &conv);
 
 // Computes activation(conv2d(input, weight, bias) + add). Picks the kernel by the current device's compute capability.
 // Tables that point outside the tensors stop the kernel with a trap.

@@ -9,10 +9,15 @@
 
 namespace fxsparse::cuda {
 
-// Limits that keep NaN, as torch does (fmaxf and fminf drop it).
-__device__ __forceinline__ float clamp_keeping_nan(float value, float low, float high) {
+// These keep NaN, as torch does (fmaxf and fminf drop it).
+__device__ __forceinline__ float max_keeping_nan(float a, float b) {
   float result;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(value), "f"(low));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+__device__ __forceinline__ float clamp_keeping_nan(float value, float low, float high) {
+  float result = max_keeping_nan(value, low);
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(result), "f"(high));
   return result;
 }

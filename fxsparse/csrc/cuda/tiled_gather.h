@@ -32,22 +32,24 @@ struct GatherShape {
   int in_height, in_width, in_channels, out_channels;
   int kernel_height, kernel_width, stride_y, stride_x, pad_top, pad_left;
   int units;                   // of a pixel and channel
-  int out_units;               // of one output channel: out_height * out_width * units
+  int window;                  // of the pooling in each direction; 1: none
+  int out_units;               // of one stored channel: height * width * units
   uint32_t row_step, tap_step; // units from one kernel row or column to the next
   Divider by_units, by_out_width, by_dilation_y, by_dilation_x;
 
-  static GatherShape of(const Conv2dGeometry &g, int lanes_per_unit) {
+  static GatherShape of(const Conv2dGeometry &g, int lanes_per_unit, bool pools = false) {
     GatherShape s{};
+    s.window = pools ? 2 : 1;
     s.in_height = int(g.in_height), s.in_width = int(g.in_width);
     s.in_channels = int(g.in_channels), s.out_channels = int(g.out_channels);
     s.kernel_height = int(g.kernel_height), s.kernel_width = int(g.kernel_width);
     s.stride_y = int(g.stride_y), s.stride_x = int(g.stride_x);
     s.pad_top = int(g.pad_top), s.pad_left = int(g.pad_left);
     s.units = int(padded_batch(g.batch) / lanes_per_unit);
-    s.out_units = int(g.out_height * g.out_width * s.units);
+    s.out_units = int(g.out_height / s.window * (g.out_width / s.window) * s.units);
     s.tap_step = uint32_t(g.dilation_x * g.in_channels * s.units);
     s.row_step = uint32_t(g.dilation_y * g.in_width * g.in_channels * s.units);
-    s.by_units = Divider::by(s.units), s.by_out_width = Divider::by(g.out_width);
+    s.by_units = Divider::by(s.units), s.by_out_width = Divider::by(g.out_width / s.window);
     s.by_dilation_y = Divider::by(g.dilation_y), s.by_dilation_x = Divider::by(g.dilation_x);
     return s;
   }
@@ -84,7 +86,7 @@ __device__ __forceinline__ uint32_t bits_of(TapRange range) {
   return ((1u << range.last) - 1u) & ~((1u << range.first) - 1u);
 }
 
-// The output pixel that a unit belongs to.
+// The stored pixel that a unit belongs to.
 struct Pixel {
   int y, x, index, lane_unit;
 };
@@ -94,12 +96,13 @@ __device__ __forceinline__ Pixel pixel_of(const GatherShape &s, int unit) {
   return {y, index - y * int(s.by_out_width.divisor), index, unit - index * s.units};
 }
 
-// Units behind the last meet nothing.
-__device__ __forceinline__ Position position_of(const GatherShape &s, int unit) {
+// Of a pooling's window `part` says which position: row times 2, plus column. Units behind the last meet nothing.
+__device__ __forceinline__ Position position_of(const GatherShape &s, int unit, int part = 0) {
   if (unit >= s.out_units)
     return {0, 0};
   const Pixel pixel = pixel_of(s, unit);
-  const int y = pixel.y * s.stride_y - s.pad_top, x = pixel.x * s.stride_x - s.pad_left;
+  const int y = (pixel.y * s.window + part / 2) * s.stride_y - s.pad_top;
+  const int x = (pixel.x * s.window + part % 2) * s.stride_x - s.pad_left;
   const TapRange rows = taps_inside(y, s.in_height, s.kernel_height, s.by_dilation_y);
   const TapRange columns = taps_inside(x, s.in_width, s.kernel_width, s.by_dilation_x);
   const uint32_t pixel_at = uint32_t(y) * uint32_t(s.in_width) + uint32_t(x);
@@ -117,8 +120,9 @@ __device__ __forceinline__ int stored_at(const GatherShape &s, int unit) {
 
 // Kernel rows that are inside the image for any unit in [first, last].
 __device__ __forceinline__ TapRange kernel_rows_met(const GatherShape &s, int first, int last) {
-  const int top = pixel_of(s, first).y * s.stride_y - s.pad_top;
-  const int bottom = pixel_of(s, min(last, s.out_units - 1)).y * s.stride_y - s.pad_top;
+  const int top = pixel_of(s, first).y * s.window * s.stride_y - s.pad_top;
+  const int last_row = pixel_of(s, min(last, s.out_units - 1)).y * s.window + s.window - 1;
+  const int bottom = last_row * s.stride_y - s.pad_top;
   return {taps_inside(bottom, s.in_height, s.kernel_height, s.by_dilation_y).first,
           taps_inside(top, s.in_height, s.kernel_height, s.by_dilation_y).last};
 }

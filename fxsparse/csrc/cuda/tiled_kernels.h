@@ -18,6 +18,6 @@ cudaError_t launch_tiled_mma(const TiledConv &conv, const TiledWeight &weight, c
 
 // float32 without tensor cores, exact.
 cudaError_t launch_tiled_float(const TiledConv &conv, const TiledWeight &weight, const TiledTensors &tensors,
-                               cudaStream_t stream);
+                               int multiprocessors, cudaStream_t stream);
 
 } // namespace fxsparse::cuda

@@ -48,6 +48,14 @@ __device__ __forceinline__ void load_tables(const WgmmaCall &call, const RowTile
   }
 }
 
+// What unit `at` of a position tile gathers.
+template <class Tile>
+__device__ __forceinline__ Position gathered_position(const GatherShape &shape, int tile, int at) {
+  const bool pools = shape.window != 1;
+  const int stored = pools ? tile * Tile::kPooledUnits + at % Tile::kPooledUnits : tile * Tile::kUnits + at;
+  return position_of(shape, stored, pools ? at / Tile::kPooledUnits : 0);
+}
+
 // Gathers the rows of X (and what is added) for every other tile of the CTA into a ring.
 template <typename T, class Tile>
 __device__ __forceinline__ void produce(const WgmmaCall &call, const CtaShare &share, const WgmmaLayout &layout,
@@ -94,7 +102,7 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, const CtaShare &s
       Position positions[kSubTiles];
 #pragma unroll
       for (int z = 0; z < kSubTiles; ++z)
-        positions[z] = position_of(call.shape, t * Tile::kUnits + z * 8 + unit);
+        positions[z] = gathered_position<Tile>(call.shape, t, z * 8 + unit);
       const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
       int32_t next[kRowsPerThread] = {}; // words of streamed columns, a stage ahead
       if (layout.streamed)
@@ -261,6 +269,36 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
             }
         }
         activate_rounded(call.activation, sums[m]);
+        if (call.shape.window != 1) {
+          constexpr int kPooled = Tile::kPooledUnits;
+#pragma unroll
+          for (int j = 0; j < kPooled; j += 2) {
+            uint32_t packed[4];
+#pragma unroll
+            for (int v = 0; v < 4; ++v) {
+              const int at = j * 4 + v * 2, part = kPooled * 4; // sums from one position of a window to the next
+              const auto highest = [&](int a) {
+                return max_keeping_nan(max_keeping_nan(sums[m][a], sums[m][a + part]),
+                                       max_keeping_nan(sums[m][a + 2 * part], sums[m][a + 3 * part]));
+              };
+              packed[v] = Pair<T>::pack(highest(at), highest(at + 1));
+            }
+            store_matrices(staging + matrices(j), packed);
+          }
+          __syncwarp();
+#pragma unroll
+          for (int s = 0; s < 16 * kPooled / 32; ++s) {
+            const int m_row = (s * 32 + lane) / kPooled, unit = lane % kPooled;
+            const int channel =
+                output_channel(call.shape, call.weight, i * Tile::kRows + m * kBlockRows + first_row + m_row);
+            const int stored = stored_at(call.shape, t * kPooled + unit);
+            const uint4 eight = load_unit(staging + m_row * 128 + (unit ^ (m_row % 8)) * kUnitBytes);
+            if (channel >= 0 && stored >= 0)
+              output[uint32_t(stored) + uint32_t(channel) * uint32_t(call.shape.units)] = eight;
+          }
+          __syncwarp();
+          continue; // nothing is added before a pooling
+        }
 #pragma unroll
         for (int z = 0; z < Tile::kSubTiles; ++z) {
           const int stored = stored_at(call.shape, t * Tile::kUnits + z * 8 + lane % 8);

@@ -15,8 +15,9 @@ cudaError_t launch_wgmma_tile(const TiledConv &conv, const TiledWeight &weight, 
   const cudaError_t status = allow_shared_memory(kernel, Tile::kSharedBytes, allowed);
   if (status != cudaSuccess)
     return status;
-  const WgmmaCall call{GatherShape::of(conv.geometry, 8), weight, tensors, conv.geometry.activation};
-  const int position_tiles = (call.shape.out_units + Tile::kUnits - 1) / Tile::kUnits;
+  const WgmmaCall call{GatherShape::of(conv.geometry, 8, conv.pools), weight, tensors, conv.geometry.activation};
+  const int units = stored_units<Tile>(call.shape);
+  const int position_tiles = (call.shape.out_units + units - 1) / units;
   const int64_t tiles = int64_t(position_tiles) * weight.tile_count;
   const int64_t most_ctas = multiprocessors * (3 - Tile::kPairs);
   cudaLaunchAttribute overlap{};

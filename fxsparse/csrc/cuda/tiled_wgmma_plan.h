@@ -21,6 +21,8 @@ template <int kPositions_, int kRowBlocks_, int kPairs_, int kStageColumns_> str
   static constexpr int kSharedBytes = kPairs == 2 ? cuda::kSharedBytes : kHalfSharedBytes;
   static constexpr int kRows = kBlockRows * kRowBlocks;
   static constexpr int kUnits = kPositions / 8;
+  // Of a tile that is pooled: its units are the first positions of so many windows, then the second ones, and so on.
+  static constexpr int kPooledUnits = kUnits / 4;
   static constexpr int kSubTiles = kPositions / kSubTile;
   static constexpr int kStageColumns = kStageColumns_;
   static constexpr int kInputBytes = kStageColumns * kPositions * 2;
@@ -96,12 +98,17 @@ __device__ __forceinline__ Range position_tiles_of(const CtaShare &share, int ro
           row_tile == share.last_row_tile ? share.end : position_tiles};
 }
 
+// Stored units of a position tile: all that it computes, or a fourth of them.
+template <class Tile> __host__ __device__ __forceinline__ int stored_units(const GatherShape &shape) {
+  return shape.window == 1 ? Tile::kUnits : Tile::kPooledUnits;
+}
+
 // The stages of a row tile that hold a kernel row which a tile's positions meet; at least one, so that sums are
 // written.
 template <class Tile>
 __device__ __forceinline__ Range stages_of(const GatherShape &shape, const int *row_starts, int tile) {
-  const int first_unit = tile * Tile::kUnits;
-  const TapRange rows = kernel_rows_met(shape, first_unit, first_unit + Tile::kUnits - 1);
+  const int units = stored_units<Tile>(shape);
+  const TapRange rows = kernel_rows_met(shape, tile * units, tile * units + units - 1);
   const int all = max((row_starts[shape.kernel_height] + Tile::kStageColumns - 1) / Tile::kStageColumns, 1);
   const int first = min(row_starts[rows.first] / Tile::kStageColumns, all - 1);
   const int end = (row_starts[rows.last] + Tile::kStageColumns - 1) / Tile::kStageColumns;
