@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,6 +149,26 @@ def test_tiles_are_not_saved_nor_part_of_the_state(tmp_path: object) -> None:
     fxsparse.save(fast, f"{tmp_path}/model.fxs")
     loaded = fxsparse.load(f"{tmp_path}/model.fxs")
     assert "region_batch_inner" in loaded.code and close(fast, x, loaded)
+
+
+def test_saved_weights_come_back_without_tiles(tmp_path: Path) -> None:
+    fast, x = converted()
+    fxsparse.save_weights(fast, tmp_path / "weights.safetensors")
+    loaded = fxsparse.load_weights(tmp_path / "weights.safetensors", Net().eval())
+    assert "region_batch_inner" in loaded.code
+    with torch.no_grad():
+        assert torch.equal(loaded(x), fast(x))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_tables_that_are_loaded_make_new_tiles(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        fast, x = converted()
+        state = {name: tensor.clone() for name, tensor in fast.state_dict().items()}
+        wanted = fast(x)
+        fast.to("meta").to_empty(device="cpu")(x)  # tables of zeros
+        fast.load_state_dict(state)
+        assert torch.equal(fast(x), wanted)
 
 
 def test_weights_that_are_loaded_or_trained_reach_the_tiles() -> None:

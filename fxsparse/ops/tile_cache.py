@@ -10,16 +10,31 @@ import dataclasses
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fxsparse.ops import tiles
 from fxsparse.ops.packing import PackedWeight
 from fxsparse.ops.tiles import TiledWeight
 
 
+class _Seen:
+    """A tensor as it was: tells whether another one is the same and unchanged."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = TensorWeakRef(tensor)
+        self._version = _version(tensor)
+        self._content = tensor.clone() if self._version is None else None
+
+    def is_still(self, tensor: Tensor) -> bool:
+        if self._tensor() is not tensor:
+            return False
+        return self._version == _version(tensor) if self._content is None else torch.equal(self._content, tensor)
+
+
 @dataclasses.dataclass
 class _Made:
     tiled: TiledWeight
+    tables: tuple[_Seen, ...]
     version: int | None  # of the packed values, or None where torch does not count their changes
 
 
@@ -27,14 +42,15 @@ _made = WeakTensorKeyDictionary()
 
 
 def tiled(packed: PackedWeight) -> TiledWeight:
-    """Return the tiled form of a packed weight: new, or the one made before, its values up to date.
+    """Return the tiled form of a packed weight: new, or the one made before of these tables, its values up to date.
 
     What `fxsparse.ops.tiles.tile` raises is not caught.
     """
     known: _Made | None = _made.get(packed.values)
-    if known is None:
+    tables = (packed.columns, packed.panels, packed.rows)
+    if known is None or not all(seen.is_still(table) for seen, table in zip(known.tables, tables, strict=True)):
         with torch.inference_mode(False), torch.no_grad():
-            known = _Made(tiles.tile(packed), _version(packed.values))
+            known = _Made(tiles.tile(packed), tuple(map(_Seen, tables)), _version(packed.values))
         _made[packed.values] = known
     elif known.version is None or known.version != _version(packed.values):
         refresh(packed.values)
@@ -50,5 +66,5 @@ def refresh(values: Tensor) -> None:
         known.version = _version(values)
 
 
-def _version(values: Tensor) -> int | None:
-    return None if values.is_inference() else values._version
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from fxsparse import calibration_mode, checkpoints, graph_module, json_values, layouts, plan, sites
+from fxsparse import calibration_mode, checkpoints, graph_module, json_values, layouts, plan, sites, tiled_weights
 from fxsparse.calibration import applying
 from fxsparse.capture import RUNGS, capture
 from fxsparse.errors import FxsparseError
@@ -108,11 +108,16 @@ def rebuild(path: Path, model: nn.Module, saved: SavedWeights, inputs: ExampleIn
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return all parameters and buffers, under every name that they have."""
-    return {
+    """Return all parameters and buffers, under every name that they have, but for tiled weights."""
+    found = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
+    for graph, gm in applying.graphs(model).items():
+        for _, site in sites.conv_sites(gm):
+            for name in tiled_weights.names_of(site) if site.packed is not None else ():
+                found.pop(_full(graph, name), None)
+    return found
 
 
 def _capture(model: nn.Module, saved: SavedWeights, inputs: ExampleInputs | None) -> nn.Module:

@@ -1,8 +1,9 @@
 // Changes of layout between torch's images and batch-innermost ones, the first maximum pooling on the way.
 //
-// Two kernels. `move_tiles` transposes 8 images x 8 channels of 16-bit elements in registers; it needs channels_last
-// and channels in eights. `transpose` takes everything else through shared memory, in tiles of 64 images x 64 elements
-// of an image. Both are bound by memory: one read and one write of the images (of the larger side, where it pools).
+// `pool_tiles` and `leave_tiles` transpose 8 images x 8 channels of 16-bit elements in registers; they need
+// channels_last and channels in eights. `transpose` takes everything else through shared memory, in tiles of 64 images
+// x 64 elements of an image. Both are bound by memory: one read and one write of the images (of the larger side, where
+// it pools).
 #include "batch_inner.h"
 #include "overlapping_launch.h"
 #include "packed_pairs.h"
