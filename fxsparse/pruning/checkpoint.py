@@ -74,7 +74,7 @@ def read(path: Path) -> Any:
 
 def random_state() -> dict[str, Any]:
     """Return the state of the random number generators of torch, numpy and Python, as JSON values."""
-    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     version, internal, second = random.getstate()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {

@@ -54,7 +54,7 @@ def unfolded(conv: nn.Conv2d, x: Tensor, positions: Tensor) -> Tensor:
     Returns:
         [groups, P, K]: per convolution group, the inputs in the order of the weight matrix's columns.
     """
-    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation  # type: ignore[misc]
+    (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
     image, row, column = positions.to(x.device).unbind(1)
     taps_y = row[:, None, None] * sh + torch.arange(kh, device=x.device)[:, None] * dh
     taps_x = column[:, None, None] * sw + torch.arange(kw, device=x.device)[None] * dw

@@ -18,6 +18,7 @@ from fxsparse.inputs import ExampleInputs
 from fxsparse.masks import bake
 from fxsparse.pruning import costs as pricing
 from fxsparse.pruning import ranks, refit
+from fxsparse.pruning.fitting import RIDGE
 from fxsparse.pruning.layers import Masks, conv_layers, kept_share
 from fxsparse.pruning.refill import run as call
 from fxsparse.pruning.result import LayerRow, Pruned, PruneReport
@@ -57,7 +58,7 @@ class PruneSettings:
     samples: int = 256
     rounds: int | None = None
     rewind: bool = False
-    ridge: float = 1e-3
+    ridge: float = RIDGE
     calibrate_s: float | None = None
     seed: int = 0
     progress: bool = False
@@ -75,7 +76,7 @@ class PruneSettings:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise FxsparseError(f"{name}={value!r} is no number. Give an integer of at least 1.")
         if not 0 < self.ridge < 1:
-            raise FxsparseError(f"ridge={self.ridge} is outside (0, 1). It is a share: 0.001 is usual.")
+            raise FxsparseError(f"ridge={self.ridge} is outside (0, 1). It is a share: 0.01 is usual.")
 
 
 def prune(
@@ -92,9 +93,9 @@ def prune(
 ) -> Pruned:
     """Prune the convolutions of a model in blocks, to a budget of time.
 
-    Without `train`, no labels and no training are needed: the weights that stay are fitted, layer by layer, so that each
-    layer gives what the dense one gives on a few hundred inputs; minutes, even for a ResNet-50. With `train`, pruning
-    goes in rounds and `train` is called in each; that costs a training a round and reaches further.
+    Without `train`, no labels and no training are needed: the weights that stay are fitted, layer by layer, so that
+    each layer gives what the dense one gives on a few hundred inputs; minutes, even for a ResNet-50. With `train`,
+    pruning goes in rounds and `train` is called in each; that costs a training a round and reaches further.
 
     Args:
         model: trained; not changed.
@@ -107,7 +108,7 @@ def prune(
         example_inputs: of the call to be made fast, as for `fxsparse.convert`; the batch size counts. None takes one
             image of `data`.
         forward: `forward(model, batch)` calls the model, where a batch is none of the above.
-        early: with `settings.rewind`, the state dict to rewind to; None rewinds to the weights that the model came with.
+        early: with `settings.rewind`, the state dict to rewind to; None rewinds to the weights that it came with.
         file: with `train`, the checkpoint to go on from, or to write.
         settings: everything else.
 
@@ -384,9 +385,7 @@ def _batch(data: Any, samples: int) -> Any:
     if isinstance(data, Tensor):
         data = [data]
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise FxsparseError(
-            f"data is a {type(data).__name__}. Give a tensor of images, or batches in a list or loader."
-        )
+        raise FxsparseError(f"data is a {type(data).__name__}. Give a tensor of images, or an iterable of batches.")
     taken, count = [], 0
     for batch in data:
         taken.append(batch)

@@ -98,13 +98,15 @@ def _of_features(
     batches = 0
     before = {name: parameter.grad for name, parameter in model.named_parameters()}
     handles = [modules[name].register_forward_hook(keep(name)) for name in masks]
+    for parameter in model.parameters():
+        parameter.grad = None  # the user's own must not be added to
     try:
         with unchanged_state(model), torch.set_grad_enabled(criterion == "saliency"):
             for batch in data:
                 batches += 1
                 if criterion == "saliency":
                     assert loss is not None
-                    loss(model, batch).backward()  # type: ignore[no-untyped-call]
+                    loss(model, batch).backward()
                 else:
                     run(model, batch)
                 for name, outputs in maps.items():

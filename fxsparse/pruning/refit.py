@@ -1,10 +1,10 @@
 """Pruning without training: one pass over a few hundred inputs that fits every layer where it stands.
 
 The model runs once on the inputs twice, [x; x]: the first half of every batch goes through the dense model, the second
-through the pruned one. When a convolution is reached, both inputs are there: what the pruned model gives it, and what the
-dense one makes of its own. It is fitted so that the second comes near the first, takes its new weights, and the pass goes
-on. So layers are fitted in order, each corrects what those before it left, and memory apart the cost is that of two
-forwards. Any model can run so whose operations keep the images of a batch apart, as they do in evaluation mode.
+through the pruned one. When a convolution is reached, both are there: what the pruned model gives it as input, and what
+the dense one has as its output. It is fitted to come from the one near the other, takes its new weights, and the pass
+goes on. So layers are fitted in order, each corrects what those before it left, and besides the fits the cost is that
+of two forwards. Any model can run so that keeps the images of a batch apart, as models in evaluation mode do.
 """
 
 from __future__ import annotations
@@ -159,12 +159,12 @@ class _Pass:
 
     def patch(self, tick: Callable[[], Any]) -> None:
         for name, conv in self.convs.items():
-            conv.forward = self._convolution(name, conv, tick)
+            vars(conv)["forward"] = self._convolution(name, conv, tick)
         for norm in self.norms.values():
             if norm.track_running_stats and norm.running_mean is not None:
-                norm.forward = self._norm(norm)
+                vars(norm)["forward"] = self._norm(norm)
         for linear in self.linears.values():
-            linear.forward = self._linear(linear)
+            vars(linear)["forward"] = self._linear(linear)
 
     def restore(self) -> None:
         for module in (*self.convs.values(), *self.norms.values(), *self.linears.values()):

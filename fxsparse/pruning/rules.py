@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from fxsparse.errors import FxsparseError
 from fxsparse.pruning import ranks
-from fxsparse.pruning.layers import Masks, kept_share, weight_of
-from fxsparse.pruning.magnitude import SCOPES, magnitude_masks, random_masks
+from fxsparse.pruning.holding import hold
+from fxsparse.pruning.layers import Masks, conv_layers, dense_masks, kept_share, weight_of
+from fxsparse.pruning.magnitude import SCOPES, cubic_share, magnitude_masks, random_masks
 from fxsparse.pruning.refill import refill
 from fxsparse.regrouping import Target, regroup_masks
 
@@ -51,7 +53,7 @@ class Magnitude:
     def masks(self, model: nn.Module, masks: Masks, number: int) -> Masks:
         """Return the masks of the next round."""
         keep = kept_share(masks) * (1 - self.rate)
-        exact = [f"re:{_escaped(name)}" for name in masks]
+        exact = [f"re:{re.escape(name)}" for name in masks]
         return magnitude_masks(model, keep, scope=self.scope, masks=masks, include=exact)
 
 
@@ -70,7 +72,7 @@ class Random:
     def masks(self, model: nn.Module, masks: Masks, number: int) -> Masks:
         """Return the masks of the next round."""
         keep = kept_share(masks) * (1 - self.rate)
-        exact = [f"re:{_escaped(name)}" for name in masks]
+        exact = [f"re:{re.escape(name)}" for name in masks]
         seed = self.seed + number
         return random_masks(model, keep, scope=self.scope, seed=seed, masks=masks, include=exact)
 
@@ -127,7 +129,7 @@ class Refill:
 class Gradual:
     """Magnitude pruning that grows while the model is trained, by the cubic schedule.
 
-        gradual = Gradual(layers_of=model, final=0.1, steps=1000)
+        gradual = Gradual(model, final=0.1, steps=1000)
         for step in range(...):
             ...; optimizer.step()
             gradual.step(step)
@@ -159,17 +161,11 @@ class Gradual:
         Raises:
             FxsparseError: a value cannot be.
         """
-        from fxsparse.pruning.holding import hold
-        from fxsparse.pruning.layers import conv_layers, dense_masks
-        from fxsparse.pruning.magnitude import cubic_share
-
         if steps < 1 or every < 1:
             raise FxsparseError(f"steps={steps}, every={every}: both are numbers of steps. Give at least 1.")
-        self._share = lambda step: cubic_share(step / steps, final)
-        self._share(0)
-        self._model, self._steps, self._every = model, steps, every
+        cubic_share(0, final)  # refuses what is no share
+        self._model, self._final, self._steps, self._every = model, final, steps, every
         self._options: dict[str, Any] = {"scope": scope, "include": include, "exclude": exclude}
-        self._hold = hold
         self._held = hold(model, dense_masks(conv_layers(model, include, exclude)))
 
     @property
@@ -181,7 +177,9 @@ class Gradual:
         """Prune, if it is time; call it after every optimizer step with its number from 0 on. Return whether it was."""
         if step > self._steps or (step % self._every and step != self._steps):
             return False
-        chosen = magnitude_masks(self._model, self._share(step), masks=self.masks, **self._options)
+        chosen = magnitude_masks(
+            self._model, cubic_share(step / self._steps, self._final), masks=self.masks, **self._options
+        )
         self._replace(ranks.from_first(chosen))
         return True
 
@@ -199,13 +197,7 @@ class Gradual:
 
     def _replace(self, masks: Masks) -> None:
         self._held.release()
-        self._held = self._hold(self._model, masks)
-
-
-def _escaped(name: str) -> str:
-    import re
-
-    return re.escape(name)
+        self._held = hold(self._model, masks)
 
 
 def _check(rate: float, scope: str) -> None:

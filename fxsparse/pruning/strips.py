@@ -67,7 +67,7 @@ class Strips:
     @property
     def size(self) -> int:
         """Number of weights."""
-        return int(self.sizes.sum()) * self.energy.shape[1]
+        return int(self.sizes.sum()) * int(self.energy.shape[1])
 
 
 def row_groups(energy: FloatArray, groups: int, group_rows: int, partitioner: str, seed: int) -> IntArray:
