@@ -1,9 +1,9 @@
 """What pruning costs in accuracy and brings in time: `python -m benchmarks pruning {mnist,ffdnet,efficientnet}`.
 
-Every method's masks go through `fxsparse.convert` and calibration, and the speed-ups are measured against the best dense
-way to run the network (`fxsparse/arms.py`). Trainings take long, so finished cells are kept in the folder `--state`, and
-the same command goes on from there; `--measure` measures the speeds of what is there. `python -m benchmarks pruning plot`
-draws the pictures of the documentation from the numbers in `docs/data`.
+Every method's masks go through `fxsparse.convert` and calibration, and speed-ups are measured against the best dense
+way to run the network (`fxsparse/arms.py`). Trainings take long: finished cells are kept in the folder `--state`, and
+the same command goes on from there; `--measure` measures the speeds of what is there. `plot` draws the pictures of the
+documentation from the numbers in `docs/data`, and `resnet50` says how long pruning one takes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """FFDNet, the colour denoiser with its published weights, at sigma 25: PSNR on held-out photos against measured speed.
 
 Its ten 3x3 convolutions of 96 channels are pruned to a share of their multiply-adds: unstructured (|w| in each layer),
-the paper's regroup (Mt-KaHyPar and columns by count, of the same masks), and ours without training. Each is tested as it
-is, fitted by least squares, and after a short and a long training under its masks; so is the dense net, which the
+the paper's regroup (Mt-KaHyPar and columns by count, of the same masks), and ours without training. Each is tested as
+it is, fitted by least squares, and after a short and a long training under its masks; so is the dense net, which the
 training on a few photos does not leave as it was.
 """
 

@@ -1,4 +1,4 @@
-"""How long a whole ResNet-50 takes to prune without training, on 256 inputs: random weights, since only time is asked."""
+"""How long a whole ResNet-50 takes to prune without training, on 256 inputs; random weights, only time is asked."""
 
 from __future__ import annotations
 

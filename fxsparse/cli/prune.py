@@ -1,12 +1,13 @@
 """Prune a dense model in blocks, without training, to a share of its time, and save its weights and masks.
 
-The weights that stay are fitted to a few hundred unlabelled inputs, layer by layer. 'fxsparse convert MODEL --weights FILE'
-makes the pruned model fast.
+The weights that stay are fitted to a few hundred unlabelled inputs, layer by layer. 'fxsparse convert' with the saved
+weights makes the pruned model fast.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--samples", type=int, default=default.samples, metavar="N", help="inputs that are used")
     group.add_argument(
-        "--include", action="append", metavar="RULE", help="convolutions to prune: name, glob, re:pattern"
+        "--include", action="append", metavar="RULE", help="convolutions to prune: name, glob or re:pattern"
     )
     group.add_argument("--exclude", action="append", metavar="RULE", help="convolutions to leave dense")
     group.add_argument(
@@ -68,10 +69,8 @@ def run(arguments: argparse.Namespace) -> Outcome:
     """Prune, save and report."""
     check_target(arguments.output, "--output")
     budget: float | str = arguments.budget
-    try:
+    with contextlib.suppress(ValueError):  # milliseconds, or nothing that `prune` takes
         budget = float(arguments.budget)
-    except ValueError:
-        pass  # milliseconds, or nothing that `prune` takes
     with models.surroundings(arguments):
         found = models.subject(arguments)
         like = next(parameter for parameter in found.model.parameters())
@@ -108,7 +107,7 @@ def _data(path: Path) -> list[Tensor]:
     sizes = {len(value) for value in found.values() if value.dim()}
     if len(sizes) != 1 or any(not value.dim() for value in found.values()):
         raise FxsparseError(
-            f"--data: '{path}' holds tensors of {sorted(sizes) or 'no'} inputs. Give one tensor for each argument of the "
-            "model, with as many inputs in the first dimension of each."
+            f"--data: '{path}' holds tensors of {sorted(sizes) or 'no'} inputs. Give one tensor for each argument of "
+            "the model, with as many inputs in the first dimension of each."
         )
     return [torch.as_tensor(value) for value in found.values()]

@@ -90,7 +90,8 @@ def eliminate(
     while now > area:
         goal = max(area, int(now * shrink))
         _, saliency = _solved(products, weight, labels, kept, ridge)
-        saliency[torch.arange(len(kept)), saliency.argmax(1)] = torch.inf
+        best = torch.where(kept, saliency, -torch.inf).argmax(1)
+        saliency[torch.arange(len(kept)), best] = torch.inf
         order = saliency.flatten().argsort(stable=True)
         order = order[torch.isfinite(saliency.flatten()[order])]  # those that are gone come as inf, too
         freed = sizes[order // columns].cumsum(0)

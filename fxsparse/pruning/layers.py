@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fxsparse import masks as reading
 from fxsparse import names
 from fxsparse.errors import FxsparseError
-from fxsparse.sites import is_plain_conv
 
 Masks = dict[str, Tensor]
 """By module name: bool, of the weight's shape; True = kept."""
@@ -30,10 +29,10 @@ def conv_layers(model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequ
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     chosen = names.matching(include, found, "include") - names.matching(exclude, found, "exclude")
     for name in chosen:
-        if not is_plain_conv(found[name]):
+        if "weight" not in found[name]._parameters:
             raise FxsparseError(
-                f"'{name}' computes its weight from others, or convolves in its own way. Make that permanent "
-                "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations), or exclude the layer."
+                f"'{name}' computes its weight from others. Make that permanent (torch.nn.utils.prune.remove, "
+                "parametrize.remove_parametrizations), or exclude the layer."
             )
     if not chosen:
         raise FxsparseError("There is no convolution to prune: the model has no nn.Conv2d that the rules leave.")

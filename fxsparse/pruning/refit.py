@@ -10,7 +10,8 @@ of two forwards. Any model can run so that keeps the images of a batch apart, as
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,10 @@ from tqdm import tqdm
 
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import unchanged_state
-from fxsparse.pruning.columns import chunks, padded, sample, unfolded
+from fxsparse.pruning.columns import Call, Convolutions, chunks, padded, sample, unfolded
 from fxsparse.pruning.fitting import RIDGE, Products, eliminate, fit, fit_strips
 from fxsparse.pruning.layers import Masks
 from fxsparse.regrouping.weight_matrix import FloatArray, IntArray
-from fxsparse.sites import is_plain_conv
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -57,7 +57,7 @@ def moments(model: nn.Module, names: Sequence[str], batch: Any, forward: Forward
 
     Args:
         model: in evaluation mode; not changed.
-        names: of plain `nn.Conv2d`s.
+        names: of the layers.
         batch: the inputs.
         forward: calls the model.
         seed: of the positions that are looked at.
@@ -65,28 +65,21 @@ def moments(model: nn.Module, names: Sequence[str], batch: Any, forward: Forward
     found: dict[str, FloatArray] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def look(name: str) -> Any:
-        def hook(conv: nn.Conv2d, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in found:
-                return
-            x, y = (value if value.dim() == 4 else value[None] for value in (args[0], output))
-            positions = sample(conv, len(x), y.shape[2], y.shape[3], _FOR_MOMENTS, generator)
-            sums = torch.zeros(conv.groups, conv.weight[0].numel(), dtype=torch.float64)
-            widened = padded(conv, x)
-            for part in chunks(positions, conv.groups * sums.shape[1]):
-                sums += unfolded(conv, widened, part).double().square().sum(1).cpu()
-            each = (sums / len(positions)).repeat_interleave(conv.out_channels // conv.groups, 0)
-            found[name] = each.numpy()
+    def look(name: str, call: Call) -> Tensor:
+        out = call.on(call.input, call.weight, call.bias)
+        if name not in found:
+            x, y = (value if value.dim() == 4 else value[None] for value in (call.input, out))
+            positions = sample(len(x), y.shape[2], y.shape[3], _FOR_MOMENTS, generator)
+            sums = torch.zeros(call.groups, call.weight[0].numel(), dtype=torch.float64)
+            widened = padded(call, x)
+            for part in chunks(positions, call.groups * sums.shape[1]):
+                sums += unfolded(call, widened, part).double().square().sum(1).cpu()
+            found[name] = (sums / len(positions)).repeat_interleave(y.shape[1] // call.groups, 0).numpy()
+        return out
 
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(look(name)) for name in names]
-    try:
-        with unchanged_state(model), torch.no_grad():
-            forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}
+    with unchanged_state(model), torch.no_grad(), Convolutions(weights, look):
+        forward(model, batch)
     _refuse_unused(names, found)
     return found
 
@@ -124,12 +117,9 @@ def refit(
     run = _Pass(model, wanted, ridge, seed)
     doubled = pytree.tree_map_only(Tensor, lambda tensor: torch.cat([tensor, tensor]), batch)
     with tqdm(total=run.count, desc="Fitting", unit="layer", disable=not progress, leave=False) as bar:
-        run.patch(lambda: bar.update())
-        try:
-            with torch.no_grad():
-                forward(model, doubled)
-        finally:
-            run.restore()
+        run.tick = bar.update
+        with run.patched(), torch.no_grad(), Convolutions(run.weights, run.convolve):
+            forward(model, doubled)
     _refuse_unused(list(wanted), run.masks)
     run.write()
     return run.masks
@@ -142,7 +132,7 @@ def _refuse_unused(names: Sequence[str], found: Mapping[str, Any]) -> None:
 
 
 class _Pass:
-    """One run of a model on [x; x], each module's forward replaced by one that treats the halves apart."""
+    """One run of a model on [x; x], in which convolutions, batch norms and linear layers treat the halves apart."""
 
     def __init__(self, model: nn.Module, wanted: Mapping[str, Wanted], ridge: float, seed: int) -> None:
         self.wanted, self.ridge = wanted, ridge
@@ -150,59 +140,60 @@ class _Pass:
         self.masks: Masks = {}
         self.new: list[tuple[Tensor, Tensor]] = []  # a parameter or buffer, and what it becomes
         self.fitted: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self.convs = {n: m for n, m in model.named_modules() if is_plain_conv(m)}
+        self.convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and "weight" in m._parameters}
+        self.weights = {name: conv.weight for name, conv in self.convs.items()}
         self.norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
         self.linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.bias is not None}
         self.count = len(self.convs)
-        # Outputs of convolutions by identity: a batch norm that gets one takes any constant out of it.
         self.normed = _followed_by_norm(model, self.convs, self.norms)
+        self.tick: Callable[[], Any] = bool
 
-    def patch(self, tick: Callable[[], Any]) -> None:
-        for name, conv in self.convs.items():
-            vars(conv)["forward"] = self._convolution(name, conv, tick)
-        for norm in self.norms.values():
-            if norm.track_running_stats and norm.running_mean is not None:
-                vars(norm)["forward"] = self._norm(norm)
-        for linear in self.linears.values():
-            vars(linear)["forward"] = self._linear(linear)
-
-    def restore(self) -> None:
-        for module in (*self.convs.values(), *self.norms.values(), *self.linears.values()):
-            vars(module).pop("forward", None)
+    @contextmanager
+    def patched(self) -> Iterator[None]:
+        """Let batch norms and linear layers treat the halves apart meanwhile."""
+        try:
+            for norm in self.norms.values():
+                if norm.track_running_stats and norm.running_mean is not None:
+                    vars(norm)["forward"] = self._norm(norm)
+            for linear in self.linears.values():
+                vars(linear)["forward"] = self._linear(linear)
+            yield
+        finally:
+            for module in (*self.norms.values(), *self.linears.values()):
+                vars(module).pop("forward", None)
 
     def write(self) -> None:
         with torch.no_grad():
             for tensor, value in self.new:
                 tensor.data.copy_(value.reshape(tensor.shape))
 
-    def _convolution(self, name: str, conv: nn.Conv2d, tick: Callable[[], Any]) -> Any:
-        def forward(x: Tensor) -> Tensor:
-            if x.dim() != 4 or len(x) % 2:
-                raise FxsparseError(
-                    f"'{name}' gets an input of shape {tuple(x.shape)}, which is not twice a batch of images: without "
-                    "training, the model must take a batch in the first dimension of every input and keep it there."
-                )
-            dense, pruned = x.chunk(2)
-            out = conv._conv_forward(dense, conv.weight, conv.bias)
-            if name not in self.fitted:
-                self.fitted[name] = self._fit(name, conv, pruned, out)
-                tick()
-            weight, bias = self.fitted[name]
-            return torch.cat([out, conv._conv_forward(pruned, weight, bias)])
+    def convolve(self, name: str, call: Call) -> Tensor:
+        """Run a convolution on both halves; when it is met first, fit it."""
+        x = call.input
+        if x.dim() != 4 or len(x) % 2:
+            raise FxsparseError(
+                f"'{name}' gets an input of shape {tuple(x.shape)}, which is not twice a batch of images: without "
+                "training, the model must take a batch in the first dimension of every input and keep it there."
+            )
+        dense, pruned = x.chunk(2)
+        out = call.on(dense, call.weight, call.bias)
+        if name not in self.fitted:
+            self.fitted[name] = self._fit(name, call, pruned, out)
+            self.tick()
+        return torch.cat([out, call.on(pruned, *self.fitted[name])])
 
-        return forward
-
-    def _fit(self, name: str, conv: nn.Conv2d, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _fit(self, name: str, call: Call, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a layer's new weight and bias."""
-        matrix = conv.weight.detach().flatten(1)
+        matrix = call.weight.detach().flatten(1)
         wanted = self.wanted.get(name)
         columns = matrix.shape[1]
-        can_shift = conv.bias is not None
-        if wanted is not None and columns > _WIDEST:
+        if columns > _WIDEST:
+            if wanted is None:
+                return call.weight, call.bias
             raise FxsparseError(f"'{name}' has {columns} columns; up to {_WIDEST} can be fitted. Exclude it.")
-        if wanted is None and columns > _WIDEST:
-            return conv.weight, conv.bias
-        products = self._products(conv, x, out, centred=can_shift or name in self.normed)
+        own_bias = self.convs[name].bias
+        can_shift = own_bias is not None and call.bias is own_bias
+        products = self._products(call, x, out, centred=can_shift or name in self.normed)
         if wanted is None:
             fitted = fit(products, matrix, self.ridge)
         else:
@@ -213,27 +204,27 @@ class _Pass:
             else:
                 assert wanted.area is not None
                 kept, fitted = eliminate(products, matrix, labels, wanted.area, self.ridge)
-            self.masks[name] = kept[labels].reshape(conv.weight.shape).to(conv.weight.device)
-        weight = fitted.to(conv.weight).reshape(conv.weight.shape)
-        self.new.append((conv.weight, weight))
+            self.masks[name] = kept[labels].reshape(call.weight.shape).to(call.weight.device)
+        weight = fitted.to(call.weight).reshape(call.weight.shape)
+        self.new.append((call.weight, weight))
         if not can_shift:
-            return weight, None
-        assert conv.bias is not None
-        each = fitted.reshape(conv.groups, -1, columns)
-        bias = (products.mean_out - (each @ products.mean_in[:, :, None])[:, :, 0]).flatten().to(conv.bias)
-        self.new.append((conv.bias, bias))
+            return weight, call.bias
+        assert own_bias is not None
+        each = fitted.reshape(call.groups, -1, columns)
+        bias = (products.mean_out - (each @ products.mean_in[:, :, None])[:, :, 0]).flatten().to(own_bias)
+        self.new.append((own_bias, bias))
         return weight, bias
 
-    def _products(self, conv: nn.Conv2d, x: Tensor, out: Tensor, *, centred: bool) -> Products:
-        columns, rows = conv.weight[0].numel(), conv.out_channels // conv.groups
+    def _products(self, call: Call, x: Tensor, out: Tensor, *, centred: bool) -> Products:
+        columns, rows = call.weight[0].numel(), len(call.weight) // call.groups
         count = min(max(_PER_COLUMN * columns, _LEAST), _MOST)
-        positions = sample(conv, len(x), out.shape[2], out.shape[3], count, self.generator)
-        products = Products.zeros(conv.groups, columns, rows)
-        widened = padded(conv, x)
-        for part in chunks(positions, conv.groups * columns):
+        positions = sample(len(x), out.shape[2], out.shape[3], count, self.generator)
+        products = Products.zeros(call.groups, columns, rows)
+        widened = padded(call, x)
+        for part in chunks(positions, call.groups * columns):
             image, row, column = part.to(out.device).unbind(1)
             y = out[image, :, row, column]
-            products.add(unfolded(conv, widened, part), y.reshape(len(part), conv.groups, rows).transpose(0, 1))
+            products.add(unfolded(call, widened, part), y.reshape(len(part), call.groups, rows).transpose(0, 1))
         products.finish(len(positions), centred)
         return products
 
@@ -243,9 +234,11 @@ class _Pass:
             assert mean is not None and var is not None
             dense, pruned = x.chunk(2)
             dims = [d for d in range(x.dim()) if d != 1]
-            # The statistics of the training data moved by what changed on these: their own differ for other reasons.
-            new_mean = mean + pruned.mean(dims) - dense.mean(dims)
-            new_var = var * (pruned.var(dims) + norm.eps) / (dense.var(dims) + norm.eps)
+            # Moved so that the norm gives what it gave, in mean and variance, on these inputs. The inputs' own
+            # statistics would not do: they differ from those of the training data for other reasons.
+            scale = (pruned.var(dims) + norm.eps) / (dense.var(dims) + norm.eps)
+            new_var = (var + norm.eps) * scale - norm.eps
+            new_mean = pruned.mean(dims) - (dense.mean(dims) - mean) * scale.sqrt()
             self.new += [(mean, new_mean), (var, new_var)]
             normed = [
                 F.batch_norm(part, m, v, norm.weight, norm.bias, False, 0.0, norm.eps)
