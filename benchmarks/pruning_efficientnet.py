@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.measure:
         for name, cell in cells.all("efficientnet-").items():
             if "time" not in cell and not cells.is_over:
-                cells.update(name, {"time": speed(model, cells.masks(name), inputs, 4.0)})
+                found = cells.same_masks(name, "time") or speed(model, cells.masks(name), inputs, 3.0)
+                cells.update(name, {"time": found})
         return _summary(cells)
     data = batch(FIT, 256, 0, arguments.data)
     with torch.inference_mode():

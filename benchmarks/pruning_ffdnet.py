@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.measure:
         for name, cell in cells.all("ffdnet-").items():
             if "time" not in cell and cell["method"] != "dense" and not cells.is_over:
-                cells.update(name, {"time": speed(work.model, cells.masks(name), work.inputs, 3.0)})
+                cells.update(name, {"time": speed(work.model, cells.masks(name), work.inputs, 2.0)})
     return _summary(cells)
 
 
