@@ -151,66 +151,76 @@ _NAMES = {
 }
 
 
+SPEED = "measured speed against the best dense run"
+FEWER = "how many times fewer multiply-adds"
+
+
 def _mnist(numbers: dict[str, Any]) -> dict[str, str]:
     pictures = {}
     for net, title in (("vgg", "VGG-like net"), ("resnet", "ResNet-like net")):
         groups = [group for group in numbers["groups"] if group["net"] == net]
         dense = [cell["test"] for group in groups if group["method"] == "dense" for cell in group["cells"]]
-        for batch in ("batch 1", "batch 64"):
+        for what in ("macs", "batch 64", "batch 1"):
             lines = []
             for method, name in _NAMES.items():
                 points = []
                 for group in groups:
-                    speeds = [cell[batch]["speed"] for cell in group["cells"] if batch in cell]
-                    tests = [cell["test"] for cell in group["cells"]]
-                    if group["method"] == method and speeds and statistics.mean(tests) > 85:
-                        points.append((statistics.mean(speeds), statistics.mean(tests), min(tests), max(tests)))
+                    cells = group["cells"]
+                    tests = [cell["test"] for cell in cells]
+                    xs = [1 / c["macs"] for c in cells] if what == "macs" else _speeds(cells, what)
+                    if group["method"] == method and xs and statistics.mean(tests) > 93:
+                        points.append((statistics.mean(xs), statistics.mean(tests), min(tests), max(tests)))
                 if points:
                     lines.append(Line(name, tuple(sorted(points))))
             if lines:
-                pictures[f"pruning_mnist_{net}_{batch.replace(' ', '')}.svg"] = plot(
-                    f"MNIST, 1,000 training images, {title}, {batch}",
-                    "measured speed against the best dense run",
-                    "test accuracy, %",
-                    lines,
-                    ("dense", statistics.mean(dense)),
-                )
+                x_name = FEWER if what == "macs" else f"{SPEED}, {what}"
+                picture = plot(f"MNIST, {title}", x_name, "test accuracy, %", lines, ("dense", statistics.mean(dense)))
+                pictures[f"pruning_mnist_{net}_{what.replace(' ', '')}.svg"] = picture
     return pictures
 
 
+def _speeds(cells: list[dict[str, Any]], key: str) -> list[float]:
+    return [cell[key]["speed"] for cell in cells if key in cell]
+
+
 def _ffdnet(numbers: dict[str, Any]) -> dict[str, str]:
-    cells = [cell for cell in numbers["cells"] if "time" in cell]
     dense = next(cell for cell in numbers["cells"] if cell["method"] == "dense")
-    steps = sorted({int(key.split()[1]) for cell in cells for key in cell if key.startswith("steps")})
-    lines = []
-    for method, name in (("unstructured", "unstructured"), ("paper", "paper's regroup"), ("ours", "ours")):
-        for kind, what in (("fitted", "fitted"), *((f"steps {s}", f"{s} steps") for s in steps[-1:])):
-            found = [
-                (c["time"]["speed"], c[kind], c[kind], c[kind]) for c in cells if c["method"] == method and kind in c
-            ]
-            if found:
-                lines.append(Line(f"{name}, {what}", tuple(sorted(found))))
-    picture = plot(
-        "FFDNet, sigma 25, held-out photos",
-        "measured speed against the best dense run",
-        "PSNR, dB",
-        lines,
-        ("dense, as published", dense["fitted"]),
-    )
-    return {"pruning_ffdnet.svg": picture}
+    steps = max(int(key.split()[1]) for cell in numbers["cells"] for key in cell if key.startswith("steps"))
+    pictures = {}
+    for what in ("macs", "time"):
+        lines = []
+        for method, name in (("unstructured", "unstructured"), ("paper", "paper's regroup"), ("ours", "ours")):
+            for kind, said in (("fitted", "fitted"), (f"steps {steps}", f"{steps} steps")):
+                points = []
+                for cell in numbers["cells"]:
+                    if cell["method"] == method and kind in cell and (what == "macs" or "time" in cell):
+                        x = 1 / cell["macs"] if what == "macs" else cell["time"]["speed"]
+                        points.append((x, cell[kind], cell[kind], cell[kind]))
+                if points:
+                    lines.append(Line(f"{name}, {said}", tuple(sorted(points))))
+        if lines:
+            x_name = FEWER if what == "macs" else SPEED
+            level = ("dense, as published", dense["fitted"])
+            picture = plot("FFDNet, sigma 25, held-out photos", x_name, "PSNR, dB", lines, level)
+            pictures[f"pruning_ffdnet_{'macs' if what == 'macs' else 'speed'}.svg"] = picture
+    return pictures
 
 
 def _efficientnet(numbers: dict[str, Any]) -> dict[str, str]:
-    lines = [
-        Line(name, tuple(sorted((c["time"]["speed"], *(3 * [100 * c["agreement"]])) for c in found)))
-        for method, name in (("ours", "ours, no training"), ("energy", "largest |w|, no fit"))
-        if (found := [c for c in numbers["cells"] if c["method"] == method and "time" in c])
-    ]
-    picture = plot(
-        "EfficientNet-Lite0, pruned without training",
-        "measured speed against the best dense run",
-        "same top class as dense, %",
-        lines,
-        None,
-    )
-    return {"pruning_efficientnet.svg": picture}
+    pictures = {}
+    for what in ("macs", "time"):
+        lines = []
+        for method, name in (("ours", "ours, no training"), ("energy", "same masks, no fit")):
+            points = []
+            for cell in numbers["cells"]:
+                if cell["method"] == method and (what == "macs" or "time" in cell):
+                    x = 1 / cell["budget"] if what == "macs" else cell["time"]["speed"]
+                    points.append((x, *(3 * [100 * cell["agreement"]])))
+            if points:
+                lines.append(Line(name, tuple(sorted(points))))
+        if lines:
+            x_name = FEWER if what == "macs" else SPEED
+            title = "EfficientNet-Lite0, pruned without training"
+            picture = plot(title, x_name, "same top class as dense, %", lines, None)
+            pictures[f"pruning_efficientnet_{'macs' if what == 'macs' else 'speed'}.svg"] = picture
+    return pictures

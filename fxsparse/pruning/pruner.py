@@ -144,8 +144,6 @@ class _Pruner:
         if train is None and (early is not None or file is not None):
             raise FxsparseError("early and file are for pruning with training. Give train, or leave them out.")
         self.model = bake(model, None).model.eval()
-        for parameter, theirs in zip(self.model.parameters(), model.parameters(), strict=False):
-            parameter.requires_grad_(theirs.requires_grad)
         self.batch = None if data is None else _batch(data, self.settings.samples)
         if self.batch is None and train is None:
             raise FxsparseError(
@@ -245,21 +243,25 @@ class _Pruner:
             masks = {n: _tensor(mask_of(strips[n], chosen[n], c.weight.shape), c) for n, c in self.layers.items()}
             return pricing.model_ms(self.model, masks, self.inputs, self.settings.calibrate_s)
 
+        least = sum(s.cost.of(float(s.sizes.sum()), s.size) for s in strips.values()) * (1 + 1e-9)
+
         def found() -> list[float]:
-            least = sum(s.cost.of(0.0, s.size) for s in strips.values()) * 1.02
-            limit = max(allowed, least) if allowed > 0 else least
-            best: tuple[float, float] | None = None
-            for _ in range(_CORRECTIONS):
-                ms = trial(limit)
-                if best is None or abs(ms - budget) < abs(best[1] - budget):
-                    best = (limit, ms)
-                if abs(ms - budget) <= _NEAR * budget:
+            limit = max(allowed, least)
+            best = (limit, trial(limit))
+            for _ in range(_CORRECTIONS - 1):
+                limit, ms = best
+                if abs(ms - budget) <= _NEAR * budget or (limit <= least and ms > budget):
                     break
-                limit = max(limit + (budget - ms), limit * 0.5, least)
-            assert best is not None
+                limit = max(limit + budget - ms, limit / 2, least)
+                best = min(best, (limit, trial(limit)), key=lambda tried: abs(tried[1] - budget))
             return list(best)
 
         limit, ms = ranks.from_first_json(found)
+        if limit <= least and ms > budget * (1 + _NEAR):
+            raise FxsparseError(
+                f"The budget of {budget:.4g} ms cannot be kept: with the least that every layer keeps, the model takes "
+                f"{ms:.4g} ms. Raise the budget; {costs.rest:.4g} ms are not in the layers that may be pruned."
+            )
         return limit, ms
 
     def _without_training(self, strips: Mapping[str, Strips], chosen: Mapping[str, BoolArray]) -> Masks:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse import FxsparseError, PruneSettings, pruning
+from fxsparse.inputs import ExampleInputs
 from fxsparse.pruning import costs, refit
 from fxsparse.pruning.refill import run as call
+from fxsparse.pruning.strips import LayerCost
 
 MACS = PruneSettings(cost="macs")
 
@@ -139,17 +142,53 @@ def test_training_goes_on_from_its_file(trained: nn.Module, tmp_path: Path) -> N
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_measured_prices_come_from_calibration_and_bind_a_budget_in_ms(trained: nn.Module) -> None:
+def test_measured_prices_come_from_calibration(trained: nn.Module) -> None:
     if fxsparse.capabilities().cpu == "reference":
         pytest.skip("the compiled operators are not built")
-    data, _ = images(32)
-    settings = PruneSettings(calibrate_s=0.05)
-    share = fxsparse.prune(trained, 0.9, data, example_inputs=(8, 3, 32, 32), settings=settings)
-    report = share.report
-    assert report.unit == "ms" and report.measured_ms is not None and report.measured_ms > 0
-    assert report.budget == pytest.approx(0.9 * report.dense)
-    with pytest.raises(FxsparseError, match=r"The budget leaves .* the least that they take is"):
-        fxsparse.prune(trained, "0.000001 ms", data, settings=settings)
+    inputs = ExampleInputs((torch.randn(2, 3, 16, 16),), {})
+    groups = {"body": np.arange(32) // 16, "last": np.arange(32) // 16}
+    found = costs.measure(trained, inputs, groups, budget_s=0.05)
+    assert found.unit == "ms" and found.total > 0 and found.rest >= 0
+    for cost in found.layers.values():
+        assert cost.dense > 0 and cost.fixed >= 0 and cost.per_weight > 0
+    missing = costs.measure(trained, inputs, groups, source="macs")
+    assert missing.unit == "MACs" and missing.layers["body"].dense == 2 * 16 * 16 * 32 * 16 * 9
+
+
+@pytest.fixture
+def priced(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Price layers by a rule: in one call they take 0.8 of the sum of their prices; return the trials."""
+    trials: list[float] = []
+
+    def measure(model: nn.Module, inputs: Any, groups: Any, **options: Any) -> costs.Costs:
+        layers = {n: LayerCost(10.0, 1.0, 9.0 / model.get_submodule(n).weight.numel()) for n in groups}
+        return costs.Costs("ms", 10.0 * len(groups) + 5, 5.0, layers)
+
+    def model_ms(model: nn.Module, masks: dict[str, Tensor], inputs: Any, seconds: Any) -> float:
+        trials.append(5 + 0.8 * sum(1 + 9 * float(mask.float().mean()) for mask in masks.values()))
+        return trials[-1]
+
+    monkeypatch.setattr(costs, "measure", measure)
+    monkeypatch.setattr(costs, "model_ms", model_ms)
+    return trials
+
+
+@pytest.mark.parametrize("budget", [0.5, "17.5 ms"])
+def test_trials_correct_what_the_sum_of_the_prices_does_not_know(
+    budget: float | str, trained: nn.Module, priced: list[float]
+) -> None:
+    report = fxsparse.prune(trained, budget, images(32)[0]).report
+    assert report.unit == "ms" and report.budget == pytest.approx(17.5) and report.dense == 35
+    assert 1 < len(priced) <= 3 and report.measured_ms == pytest.approx(17.5, rel=0.04)
+    assert "measured 17." in str(report) or "measured 18." in str(report)
+
+
+def test_a_time_below_the_least_is_refused_after_a_trial(trained: nn.Module, priced: list[float]) -> None:
+    with pytest.raises(
+        FxsparseError, match=r"The budget of 6 ms cannot be kept: .* takes 7\.\d+ ms.*; 5 ms are not in"
+    ):
+        fxsparse.prune(trained, "6 ms", images(32)[0])
+    assert len(priced) == 1
 
 
 def test_the_line_through_two_times_is_never_free() -> None:
