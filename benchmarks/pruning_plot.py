@@ -108,7 +108,7 @@ def x_ticks(low: float, high: float) -> list[float]:
     """Return round factors between two, at least three."""
     fine = [m * 10.0**e for e in range(-2, 3) for m in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
     inside = [round(x, 6) for x in fine if low <= x <= high]
-    return inside if len(inside) < 9 else [x for x in inside if f"{x:e}"[0] in "1235" and f"{x:e}"[2] == "0"]
+    return inside if len(inside) <= 9 else [x for x in inside if f"{x:e}"[0] in "1235" and f"{x:e}"[2] == "0"]
 
 
 def _mark(kind: str, u: float, v: float, colour: str) -> str:

@@ -231,11 +231,12 @@ class _Pruner:
     ) -> tuple[float, float | None]:
         """Return what the layers may cost so that the model keeps its budget, and what it took measured.
 
-        Layers that run in one call save what the sum of their prices does not know; so masks are tried, and what the
-        layers may cost is scaled by what the trial shows. Only masks matter for speed, so nothing is trained for it.
+        A share is one of the prices' sum. Against milliseconds masks are tried, and what the layers may cost is moved by
+        what the trial shows, since layers that run in one call save what the sum does not know. Only masks matter for
+        speed, so nothing is fitted or trained for it.
         """
         allowed = budget - costs.rest
-        if costs.unit != "ms":
+        if self.target_ms is None:
             return allowed, None
 
         def trial(limit: float) -> float:
