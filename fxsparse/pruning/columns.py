@@ -41,7 +41,7 @@ class Convolutions(TorchFunctionMode):
 
     def __init__(self, weights: Mapping[str, Tensor], handle: Callable[[str, Call], Tensor]) -> None:
         """Take the weights by name, and the function: it gets the name and the call."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._names = {id(weight): name for name, weight in weights.items()}
         self._handle = handle
 

@@ -231,7 +231,7 @@ class _Pruner:
     ) -> tuple[float, float | None]:
         """Return what the layers may cost so that the model keeps its budget, and what it took measured.
 
-        A share is one of the prices' sum. Against milliseconds masks are tried, and what the layers may cost is moved by
+        A share is one of the sum of the prices. Against milliseconds masks are tried, and the limit is moved by
         what the trial shows, since layers that run in one call save what the sum does not know. Only masks matter for
         speed, so nothing is fitted or trained for it.
         """
