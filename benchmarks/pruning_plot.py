@@ -27,10 +27,12 @@ class Line:
     Attributes:
         name: for the legend.
         points: (x, y, lowest y, highest y).
+        style: number of its colour and mark; None takes its place among the lines.
     """
 
     name: str
     points: tuple[tuple[float, float, float, float], ...]
+    style: int | None = None
 
 
 def plot(title: str, x_name: str, y_name: str, lines: Sequence[Line], level: tuple[str, float] | None) -> str:
@@ -79,9 +81,12 @@ def plot(title: str, x_name: str, y_name: str, lines: Sequence[Line], level: tup
     if level:
         _, v = place(math.exp(x_low), level[1])
         parts.append(f'<path d="M{LEFT} {v:.1f}H{right}" stroke="#222" stroke-dasharray="5 4"/>')
-        parts.append(f'<text x="{right + 8}" y="{v + 4:.1f}">{escape(level[0])}</text>')
+        height = TOP + 40 + 20 * len(lines)
+        parts.append(f'<path d="M{right + 8} {height - 4}h16" stroke="#222" stroke-dasharray="5 4"/>')
+        parts.append(f'<text x="{right + 28}" y="{height}">{escape(level[0])}</text>')
     for number, line in enumerate(lines):
-        colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+        style = number if line.style is None else line.style
+        colour, mark = COLOURS[style % len(COLOURS)], MARKS[style % len(MARKS)]
         places = [place(x, y) for x, y, _, _ in line.points]
         if len(places) > 1:
             path = "L".join(f"{u:.1f} {v:.1f}" for u, v in places)
@@ -162,7 +167,7 @@ def _mnist(numbers: dict[str, Any]) -> dict[str, str]:
         dense = [cell["test"] for group in groups if group["method"] == "dense" for cell in group["cells"]]
         for what in ("macs", "batch 64", "batch 1"):
             lines = []
-            for method, name in _NAMES.items():
+            for style, (method, name) in enumerate(_NAMES.items()):
                 points = []
                 for group in groups:
                     cells = group["cells"]
@@ -171,7 +176,7 @@ def _mnist(numbers: dict[str, Any]) -> dict[str, str]:
                     if group["method"] == method and xs and statistics.mean(tests) > 93:
                         points.append((statistics.mean(xs), statistics.mean(tests), min(tests), max(tests)))
                 if points:
-                    lines.append(Line(name, tuple(sorted(points))))
+                    lines.append(Line(name, tuple(sorted(points)), style))
             if lines:
                 x_name = FEWER if what == "macs" else f"{SPEED}, {what}"
                 picture = plot(f"MNIST, {title}", x_name, "test accuracy, %", lines, ("dense", statistics.mean(dense)))
@@ -216,7 +221,7 @@ def _efficientnet(numbers: dict[str, Any]) -> dict[str, str]:
                 if cell["method"] == method and (what == "macs" or "time" in cell):
                     x = 1 / cell["budget"] if what == "macs" else cell["time"]["speed"]
                     points.append((x, *(3 * [100 * cell["agreement"]])))
-            if points:
+            if len(points) > 1:  # a single one makes no picture
                 lines.append(Line(name, tuple(sorted(points))))
         if lines:
             x_name = FEWER if what == "macs" else SPEED
