@@ -14,7 +14,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 62, 196, 34, 48
+LEFT, RIGHT, TOP, BOTTOM = 62, 206, 34, 48
 # Told apart by colour-blind readers (Okabe & Ito), and by their marks.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#444444")
 MARKS = ("circle", "square", "triangle", "diamond", "circle", "square", "triangle")
