@@ -6,7 +6,8 @@ every Python, every torch from 2.11 on, and C++ programs. They are no modules to
 dlopen load them. torch.utils.cpp_extension is not used: it refuses to compile CUDA sources when the installed torch is
 CPU-only.
 
-Environment: CXX, NVCC (compilers), FXSPARSE_CUDA_ARCHS (for example "80;90a"), FXSPARSE_WITHOUT_CUDA=1,
+Environment: CXX, NVCC (compilers), FXSPARSE_CUDA_ARCHS (for example "80;90a"; sources
+named *_sm90a.cu use instructions of that target and are always built for it alone), FXSPARSE_WITHOUT_CUDA=1,
 FXSPARSE_CXXFLAGS (extra flags, for example "-fsanitize=address -g").
 """
 
@@ -33,7 +34,7 @@ CPU_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
 }
 X86 = platform.machine() in ("x86_64", "AMD64")  # elsewhere those sources are empty
-DEFAULT_CUDA_ARCHS = "80;90"
+DEFAULT_CUDA_ARCHS = "80;90a;100"
 
 
 def _torch_dir() -> Path:
@@ -78,7 +79,7 @@ class BuildLibraries(build_ext):
             obj = objects / (Path(source).stem + ".o")
             produced.append(str(obj))
             if source.endswith(".cu"):
-                commands.append([*_nvcc_command(), *common, "-c", source, "-o", str(obj)])
+                commands.append([*_nvcc_command(source), *common, "-c", source, "-o", str(obj)])
             else:
                 isa = Path(source).stem.rsplit("_", 1)[-1]
                 flags = ["-fPIC", "-fvisibility=hidden", "-Wall", *(CPU_FLAGS.get(isa, []) if X86 else [])]
@@ -100,12 +101,17 @@ class BuildLibraries(build_ext):
         subprocess.run(command, check=True)
 
 
-def _nvcc_command() -> list[str]:
-    archs = os.environ.get("FXSPARSE_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";")
-    gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    newest = max(archs, key=lambda a: int(re.sub(r"\D", "", a)))
-    ptx = re.sub(r"\D", "", newest)
-    gencode.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
+def _nvcc_command(source: str) -> list[str]:
+    if own := re.search(r"_sm(\d+a)\.cu$", source):
+        gencode = [f"-gencode=arch=compute_{own[1]},code=sm_{own[1]}"]
+    else:
+        archs = os.environ.get("FXSPARSE_CUDA_ARCHS", DEFAULT_CUDA_ARCHS).split(";")
+        if Path(source).name.startswith("bind_"):  # without device code: one pass over torch's headers is enough
+            archs = archs[:1]
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        newest = max(archs, key=lambda a: int(re.sub(r"\D", "", a)))
+        ptx = re.sub(r"\D", "", newest)
+        gencode.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
     # The define makes torch's stable headers declare their CUDA side.
     return [_find_nvcc() or "nvcc", "-DUSE_CUDA", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode]
 
@@ -127,7 +133,8 @@ def _extensions() -> list[Extension]:
     ]
     if _find_nvcc():
         kernels = [str(p.relative_to(ROOT)) for p in sorted((CSRC / "cuda").glob("*.cu"))]
-        cuda = ["fxsparse/csrc/bind_cuda.cu", *kernels]
+        bindings = [f"fxsparse/csrc/{name}.cu" for name in ("bind_cuda", "bind_cuda_region", "bind_tiled")]
+        cuda = [*bindings, *kernels]
         libraries.append(Extension("fxsparse._C_cuda", cuda, py_limited_api=True))
     return libraries
 

@@ -23,6 +23,8 @@ COMMANDS = {
     "sizes": "bytes on disk: dense, converted and frozen",
     "networks": "whole networks: dense, step by step, and with epilogues and regions",
     "cpu": "pruned networks against the best dense engines of the CPU: eager, compiled, onnxruntime, OpenVINO",
+    "correctness": "random convolutions on the CPU's kernels against float64",
+    "cuda": "on a GPU: whole networks against torch.compile and CUDA graphs; single convolutions against cuDNN",
     "tuner": "how often calibration changes its mind, and what its choices cost",
     "never-slower": "20 models at every density: the calibrated model must not be slower than the vanilla one",
 }

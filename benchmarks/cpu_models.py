@@ -195,40 +195,41 @@ def build(workload: Workload, level: Level) -> Sparse:
     return made
 
 
-def pruned(workload: Workload, level: Level) -> nn.Module:
+def pruned(workload: Workload, level: Level, group_rows: int = GROUP_ROWS) -> nn.Module:
     """Build a pruned network in eval mode: its weights hide no error, and its zeros are in them for good."""
     torch.manual_seed(0)
     model = NETWORKS[workload.name]().eval()
-    masks = make_masks(model, level.structure, level.zeros)
+    masks = make_masks(model, level.structure, level.zeros, group_rows)
     models.prepare(model, masks, workload.images(2))
     return bake(model, masks).model
 
 
-def make_masks(model: nn.Module, structure: str, zeros: float) -> dict[str, Tensor]:
+def make_masks(model: nn.Module, structure: str, zeros: float, group_rows: int = GROUP_ROWS) -> dict[str, Tensor]:
     """Prune every convolution but the first and the grouped ones; linear layers stay dense too.
 
     Args:
         model: any module; not changed.
-        structure: "regrouped": groups of 32 rows, drawn at random, each with its own random columns, of which all
-            weights are kept; "unstructured": the largest weights of each layer; "blocks": these, regrouped, so that
-            as many weights are kept in blocks.
+        structure: "regrouped": groups of `group_rows` rows, drawn at random, each with its own random columns, of which
+            all weights are kept; "unstructured": the largest weights of each layer; "blocks": these, regrouped, so
+            that as many weights are kept in blocks.
         zeros: share of the weights that are pruned.
+        group_rows: rows of a group.
     """
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     chosen = {name: conv for i, (name, conv) in enumerate(convs.items()) if i > 0 and conv.groups == 1}
     if structure == "regrouped":
         generator = torch.Generator().manual_seed(0)
-        return {name: _grouped_mask(conv.weight, zeros, generator) for name, conv in chosen.items()}
+        return {name: _grouped_mask(conv.weight, zeros, group_rows, generator) for name, conv in chosen.items()}
     every = magnitude_masks(model, 1 - zeros)
     masks = {name: every[name] for name in chosen}
     return masks if structure == "unstructured" else fxsparse.regroup_masks(masks)
 
 
-def _grouped_mask(weight: Tensor, zeros: float, generator: torch.Generator) -> Tensor:
+def _grouped_mask(weight: Tensor, zeros: float, group_rows: int, generator: torch.Generator) -> Tensor:
     """Return a mask whose rows, in groups drawn at random, share their columns."""
     rows, columns = len(weight), weight[0].numel()
     kept = max(1, round((1 - zeros) * columns))
     mask = torch.zeros(rows, columns, dtype=torch.bool)
-    for group in torch.randperm(rows, generator=generator).split(GROUP_ROWS):
+    for group in torch.randperm(rows, generator=generator).split(group_rows):
         mask[group[:, None], torch.randperm(columns, generator=generator)[:kept]] = True
     return mask.reshape(weight.shape)

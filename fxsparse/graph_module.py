@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import PythonCode
 
-from fxsparse import checkpoints, layouts, regions, shared_paths, sites
+from fxsparse import checkpoints, layouts, regions, shared_paths, sites, tiled_weights
 from fxsparse.errors import FxsparseError
 from fxsparse.plan import Move
 from fxsparse.sites import TRAINING, ConvSite
@@ -36,6 +36,7 @@ class ConvertedModule(GraphModule):
     """A graph with conv sites: `train()` puts them in the mode TRAINING, and `eval()` back to what they were in."""
 
     _single_steps = False  # whether the code is that of the graph as it is, see `single_steps`
+    may_tile = True  # whether its convolutions may run on tiled weights, which nobody else brings up to date
 
     def train(self, mode: bool = True) -> ConvertedModule:
         """Set the training mode, and with it the modes of the conv sites.
@@ -58,6 +59,9 @@ class ConvertedModule(GraphModule):
         fresh = type("GraphModuleImpl", (ConvertedModule,), {"__module__": __name__})
         fresh.__name__ = type(self).__name__
         self.__class__ = fresh
+        if _follow not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]
+        tiled_weights.detach(self)
         graph = self._graph
         self._graph = graph if self._single_steps else regions.executed(self)
         try:
@@ -110,8 +114,9 @@ class ConvertedModule(GraphModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedModule:
         """Cast or move the tensors; masks and tables keep their dtype and, even under `to_empty`, their content."""
+        tiled = tiled_weights.detach(self)  # in another dtype they lie in another order
         fixed = {name: sites.attribute(self, name) for name in _fixed_names(self)}
-        devices = {tensor.device for tensor in self.buffers()}
+        kinds = _kinds(self)
         before = {name: layouts.layout_of(weight) for name, weight in _dense_weights(self)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in fixed.items():
@@ -125,7 +130,7 @@ class ConvertedModule(GraphModule):
                 for node, site in sites.conv_sites(self):
                     if site.weight == name:
                         sites.update(node, weight_layout=layouts.layout_of(weight))
-        if {tensor.device for tensor in self.buffers()} != devices:  # there are regions on a CPU alone
+        if tiled or _kinds(self) != kinds:  # whether and which regions there are depends on both
             self.recompile()
         return self
 
@@ -145,6 +150,15 @@ class ConvertedModule(GraphModule):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _follow(gm: GraphModule, incompatible_keys: Any) -> None:
+    """Follow a state dict that was loaded: called by torch when all of the graph's modules have got theirs."""
+    tiled_weights.follow(gm)
+
+
+def _kinds(gm: GraphModule) -> set[tuple[torch.device, torch.dtype]]:
+    return {(tensor.device, tensor.dtype) for tensor in gm.buffers() if tensor.is_floating_point()}
 
 
 def _fixed_names(gm: GraphModule) -> list[str]:

@@ -43,6 +43,12 @@ def move_of_weight(prefix: str, site: ConvSite, layout: str) -> Move:
     return Move(prefix, _PARAMETER + site.weight, layout, ())
 
 
+def moved_to(node: Node) -> str | None:
+    """Return the layout that a node, which a plan placed, brings its input into; None of any other node."""
+    layout: str | None = node.meta.get(_META)
+    return layout
+
+
 def clear(gm: GraphModule) -> None:
     """Take every change of layout out of a graph, and out of its dense weights; the caller recompiles."""
     for site in _by_weight(gm).values():

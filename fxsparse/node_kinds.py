@@ -25,6 +25,7 @@ _ACTIVATIONS: dict[Any, str] = {
 _ADDITIONS = frozenset({operator.add, torch.add, "add", _aten.add.Tensor})
 _ADDITIONS_IN_PLACE = frozenset({operator.iadd, "add_", _aten.add_.Tensor})
 _MAX_POOLS = frozenset({F.max_pool2d, torch.max_pool2d, _aten.max_pool2d.default})
+_AVERAGE_POOLS = frozenset({F.adaptive_avg_pool2d, _aten.adaptive_avg_pool2d.default})
 _HARDTANHS = frozenset({F.hardtanh, _aten.hardtanh.default, _aten.hardtanh_.default})
 
 
@@ -97,6 +98,16 @@ def max_pool_of(gm: GraphModule, node: Node) -> Window | None:
         return None
     kernel_size, stride, padding, dilation = (sites.pair(value) for value in sizes)
     return Window(kernel_size, stride, padding, dilation, bool(given.get("ceil_mode", False)))
+
+
+def averages_planes(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node gives the mean of each plane of its input, as a plane of one pixel."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        plain = type(module) is nn.AdaptiveAvgPool2d and not is_hooked(module)
+        return plain and module.output_size in (1, (1, 1))
+    sizes = (*node.args[1:], *node.kwargs.values())
+    return node.op == "call_function" and node.target in _AVERAGE_POOLS and sizes in ((1,), ((1, 1),), ([1, 1],))
 
 
 def adds_alike(gm: GraphModule, node: Node) -> bool:

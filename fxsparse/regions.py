@@ -1,7 +1,10 @@
 """Regions: consecutive sparse convolutions, and what stands between them, as one call.
 
 Called one by one, small convolutions cost as much to call as to compute, and large ones write their results to memory
-and read them back. `fxsparse::region` runs many as one call, a few images at a time.
+and read them back. On a CPU `fxsparse::region` runs many as one call, a few images at a time. On CUDA
+`fxsparse::region_batch_inner` runs them on images stored batch-innermost, where any columns of a weight are read in
+whole sectors: a change of layout costs about as much as a layer, so there is one where a region begins and one where it
+ends.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fxsparse import epilogues, node_kinds, sites
+from fxsparse import epilogues, layouts, node_kinds, sites, tiled_weights
 from fxsparse.ops import region
 from fxsparse.ops.library import has_kernel
 from fxsparse.writes import written_input
 
+# Of a region on a CPU. On CUDA one convolution is worth it: on its own it has no such kernel.
 _LEAST_STEPS = 2
+_RISING = ("relu", "relu6")  # max(f(a), f(b)) = f(max(a, b))
 
 
 class Group:
@@ -28,10 +33,12 @@ class Group:
         nodes: in graph order.
         inputs: the values outside that they read. All are images of one batch, because each node reads a value of the
             group or one that the group reads already.
+        batch_inner: whether the region runs on images stored batch-innermost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_inner: bool = False) -> None:
         """Begin an empty group."""
+        self.batch_inner = batch_inner
         self.nodes: dict[Node, None] = {}
         self.inputs: dict[Node, None] = {}
         self._behind: set[Node] = set()
@@ -41,23 +48,45 @@ class Group:
         values = _images(node)
         if any(value in self._behind for value in values):
             return False
-        if _is_sparse(gm, node):
+        if self._is_conv(gm, node):
             return not self.nodes or any(value in self.nodes or value in self.inputs for value in values)
         written = written_input(gm, node)
         if written is not None and len(written.users) > 1:  # the others see what is written; a step makes a new value
             return False
         # Any other step is one on what a step gave only: that is known to be contiguous.
-        return all(value in self.nodes for value in values) and _other_step(gm, node, {}) is not None
+        return all(value in self.nodes for value in values) and self.other_step(gm, node, {}) is not None
 
     def is_followed_by(self, gm: GraphModule, node: Node) -> bool:
         """Tell whether a node, which is no step of this group, can be the first one of the next."""
-        if _is_sparse(gm, node):
+        if self._is_conv(gm, node):
             return True
         if self.nodes and not self.needs(node):  # it lies beside this group, which may go on
             return False
         # Nothing is known of the layout of what comes from outside, so nobody else may see what is made of it.
-        alone = bool(node.users) and all(_is_sparse(gm, user) for user in node.users)
-        return alone and written_input(gm, node) is None and _other_step(gm, node, {}) is not None
+        if self.batch_inner and self._is_pooled(gm, node):
+            return True
+        alone = bool(node.users) and all(self._is_conv(gm, user) for user in node.users)
+        return alone and written_input(gm, node) is None and self.other_step(gm, node, {}) is not None
+
+    def _is_conv(self, gm: GraphModule, node: Node) -> bool:
+        """Tell whether a node is a sparse site that the kernel for such a region can run."""
+        return _is_tiled(gm, node) if self.batch_inner else _is_sparse(gm, node)
+
+    def _is_pooled(self, gm: GraphModule, node: Node) -> bool:
+        """Tell whether a node is an activation that a region does while it pools its input: it never falls."""
+        pool = next(iter(node.users)) if len(node.users) == 1 else None
+        if pool is None or node_kinds.activation_of(gm, node) not in _RISING:
+            return False
+        written = written_input(gm, node)
+        if written is not None and (written.target is not torch.conv2d or len(written.users) > 1):
+            return False
+        return node_kinds.max_pool_of(gm, pool) is not None and self.is_followed_by(gm, pool)
+
+    def other_step(self, gm: GraphModule, node: Node, numbers: dict[Node, int]) -> region.Step | None:
+        """Return the step that a node is besides a convolution, or None; with {} for the numbers only whether."""
+        if self.batch_inner and node_kinds.averages_planes(gm, node):
+            return region.Average(numbers.get(_images(node)[0], 0))
+        return _other_step(gm, node, numbers)
 
     def add(self, node: Node) -> None:
         """Take a node."""
@@ -88,20 +117,23 @@ def find(gm: GraphModule, graph: Graph) -> list[Group]:
         gm: owns the parameters.
         graph: with the epilogues in its convolutions (`epilogues.fused`).
     """
-    groups = [Group()]
+    batch_inner = any(_is_tiled(gm, node) for node in graph.nodes)
+    groups = [Group(batch_inner=batch_inner)]
     for node in graph.nodes:
         if node.op in ("get_attr", "placeholder"):
             continue
         if groups[-1].takes(gm, node):
             groups[-1].add(node)
         elif groups[-1].is_followed_by(gm, node):
-            groups.append(Group())
+            groups.append(Group(batch_inner=batch_inner))
             groups[-1].add(node)
         elif written_input(gm, node) is not None or not node.all_input_nodes or node.is_impure():
             # A write, or a switch such as autocast's: nothing is computed sooner or later than that.
-            groups.append(Group())
+            groups.append(Group(batch_inner=batch_inner))
         else:
             groups[-1].pass_by(node)
+    if batch_inner:
+        return [group for group in groups if any(_is_tiled(gm, node) for node in group.nodes)]
     return [group for group in groups if len(group.nodes) >= _LEAST_STEPS]
 
 
@@ -131,28 +163,37 @@ def _rewrite(gm: GraphModule, graph: Graph, groups: list[Group]) -> Graph:
             waiting.append(node)
         else:
             copy(node)
+    for node in rewritten.find_nodes(op="get_attr"):
+        if not node.users:  # a packed tensor, whose tiled form is read
+            rewritten.erase_node(node)
     return rewritten
 
 
 def _emit(gm: GraphModule, graph: Graph, group: Group, copies: dict[Node, Node]) -> None:
     """Put a region's call into a graph, and its results into `copies`."""
     numbers = {node: i for i, node in enumerate((*group.inputs, *group.nodes))}
-    tensors: dict[Node, int] = {}
+    tensors = _Tensors(gm, graph, copies, tiled=group.batch_inner)
     program: list[int] = []
     for node in group.nodes:
-        step = _conv(node, numbers, tensors) if node.target is node_kinds.SPARSE else _other_step(gm, node, numbers)
+        is_conv = node.target is node_kinds.SPARSE
+        step = tensors.conv(node, numbers) if is_conv else group.other_step(gm, node, numbers)
         assert step is not None
         program += step.numbers()
     results = [node for node in group.nodes if any(user not in group.nodes for user in node.users)]
-    arguments = (
-        [copies[n] for n in group.inputs],
-        [copies[n] for n in tensors],
-        program,
-        [numbers[n] for n in results],
-    )
-    call = graph.call_function(torch.ops.fxsparse.region.default, arguments)
+    arguments = ([copies[n] for n in group.inputs], tensors.nodes, program, [numbers[n] for n in results])
+    if group.batch_inner:
+        last = [numbers[n] for n in results if _becomes_channels_last(group, n)]
+        call = graph.call_function(torch.ops.fxsparse.region_batch_inner.default, (*arguments, last))
+    else:
+        call = graph.call_function(torch.ops.fxsparse.region.default, arguments)
     for i, node in enumerate(results):
         copies[node] = graph.call_function(operator.getitem, (call, i))
+
+
+def _becomes_channels_last(group: Group, node: Node) -> bool:
+    """Tell whether everybody outside a region reads one of its results through a change of layout."""
+    outside = [user for user in node.users if user not in group.nodes]
+    return all(layouts.moved_to(user) == "channels_last" for user in outside)
 
 
 def _is_sparse(gm: GraphModule, node: Node) -> bool:
@@ -165,27 +206,57 @@ def _is_sparse(gm: GraphModule, node: Node) -> bool:
     return device.type == "cpu" and has_kernel(device)
 
 
+def _is_tiled(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node is a sparse site that runs on images stored batch-innermost."""
+    site = sites.site_of(node) if node.target is node_kinds.SPARSE else None
+    return site is not None and tiled_weights.are_possible(gm, site, site.input_shape)
+
+
 def _images(node: Node) -> list[Node]:
     """Return the inputs of a node that are images, not parameters."""
     return [value for value in node.all_input_nodes if value.op != "get_attr"]
 
 
-def _conv(node: Node, numbers: dict[Node, int], tensors: dict[Node, int]) -> region.Conv:
-    arguments: Any = (*node.args, *("none", None)[len(node.args) - 12 :])
-    source, values, columns, panels, rows, bias, *geometry, activation, add = arguments
+class _Tensors:
+    """The tensors of a region's convolutions."""
 
-    def tensor(value: Node | None) -> int:
-        return region.NONE if value is None else tensors.setdefault(value, len(tensors))
+    def __init__(self, gm: GraphModule, graph: Graph, copies: dict[Node, Node], *, tiled: bool) -> None:
+        """Begin with none; `copies` are the nodes that read a module's tensors in the graph that is made."""
+        self.nodes: list[Node] = []
+        self._gm, self._graph, self._copies, self._tiled = gm, graph, copies, tiled
+        self._numbers: dict[Any, int] = {}
+        self._attached: dict[str, Node] = {}
 
-    fields: Any = (
-        numbers[source],
-        region.NONE if add is None else numbers[add],
-        tuple(tensor(value) for value in (values, columns, panels, rows)),
-        tensor(bias),
-        *geometry,
-        activation,
-    )
-    return region.Conv(*fields)
+    def conv(self, node: Node, numbers: dict[Node, int]) -> region.Conv:
+        """Return the step that a sparse site's node is."""
+        arguments: Any = (*node.args, *("none", None)[len(node.args) - 12 :])
+        source, values, columns, panels, rows, bias, *geometry, activation, add = arguments
+        packed = [self._copies[value] for value in (values, columns, panels, rows)]
+        if self._tiled:
+            packed = self._attach(node)
+        fields: Any = (
+            numbers[source],
+            region.NONE if add is None else numbers[add],
+            tuple(self._number(value) for value in packed),
+            region.NONE if bias is None else self._number(self._copies[bias]),
+            *geometry,
+            activation,
+        )
+        return region.Conv(*fields)
+
+    def _attach(self, node: Node) -> list[Node]:
+        site = sites.site_of(node)
+        assert site is not None
+        for name in tiled_weights.attach(self._gm, site):
+            if name not in self._attached:
+                self._attached[name] = self._graph.get_attr(name)
+        return [self._attached[name] for name in tiled_weights.names_of(site)]
+
+    def _number(self, node: Node) -> int:
+        if node not in self._numbers:
+            self._numbers[node] = len(self.nodes)
+            self.nodes.append(node)
+        return self._numbers[node]
 
 
 def _other_step(gm: GraphModule, node: Node, numbers: dict[Node, int]) -> region.Step | None:

@@ -1,7 +1,9 @@
 """Make the code of a graph look a module up once, not once for each of its tensors.
 
 torch.fx writes `self.features.0.conv.weight` out for every tensor, and every step of such a path goes through
-`nn.Module.__getattr__`: about 1 us a step, five paths for each sparse convolution. Small images feel that.
+`nn.Module.__getattr__`: about 1 us a step, five paths for each sparse convolution. Small images feel that. So modules
+get local names, and buffers, which packed tensors are, come from their module's dict of them. Parameters do not: in a
+replica of `nn.DataParallel` they are plain attributes.
 """
 
 from __future__ import annotations
@@ -19,35 +21,59 @@ _STEP = re.compile(
     rf"""(?<!["'\w.])(?:getattr\((?P<of>self|{_NAME}\d+), "(?P<name>[^"\\]+)"\)"""
     rf"""|(?P<on>self|{_NAME}\d+)\.(?P<attr>\w+))(?=\.\w|, ")"""
 )
+# All of a line's right side: one tensor.
+_READ = re.compile(rf"(?<= = )(?P<owner>self|{_NAME}\d+)\.(?P<name>\w+)(?=\s*(;|$))")
 
 
 class SharedPaths:
-    """Transforms the body of a graph's code; runs after the transformer that the graph had."""
+    """Transforms the body of a graph's code.
 
-    def __init__(self, before: Transformer | None) -> None:
-        """Remember the transformer that runs first."""
-        self._before = before
+    Args:
+        before: the transformer that the graph had, which runs first.
+        buffers: names of the buffers, from the root.
+    """
+
+    def __init__(self, before: Transformer | None, buffers: frozenset[str]) -> None:
+        """Remember what to run first, and what is a buffer."""
+        self.before = before
+        self._buffers = buffers
 
     def __call__(self, body: list[str]) -> list[str]:
         """Give every module on a path a local name, where it is first needed."""
         known: dict[tuple[str, str], str] = {}
+        prefixes = {"self": ""}  # by local name, what the names of its tensors begin with
         lines: list[str] = []
 
         def local(match: re.Match[str]) -> str:
             owner, name = match["of"] or match["on"], match["name"] or match["attr"]
             if (owner, name) not in known:
                 known[owner, name] = f"{_NAME}{len(known)}"
+                prefixes[known[owner, name]] = f"{prefixes[owner]}{name}."
                 lines.append(f"{known[owner, name]} = {match[0]}\n")
             return known[owner, name]
 
-        for line in self._before(body) if self._before else body:
+        def buffer(match: re.Match[str]) -> str:
+            owner, name = match["owner"], match["name"]
+            if prefixes[owner] + name not in self._buffers:
+                return match[0]
+            if (owner, "") not in known:
+                known[owner, ""] = f"{_NAME}{len(known)}"
+                lines.append(f"{known[owner, '']} = {owner}._buffers\n")
+            return f"{known[owner, '']}['{name}']"
+
+        for line in self.before(body) if self.before else body:
             count = 1
             while count:
                 line, count = _STEP.subn(local, line, count=1)
-            lines.append(line)
+            lines.append(_READ.sub(buffer, line))
         return lines
 
 
 def install(gm: GraphModule) -> None:
-    """Make a graph generate its code so, from the next `recompile` on; once is enough."""
-    gm.graph.on_generate_code(lambda now: now if isinstance(now, SharedPaths) else SharedPaths(now))
+    """Make a graph generate its code so, from the next `recompile` on, with the buffers that the module has now."""
+    buffers = frozenset(name for name, _ in gm.named_buffers(remove_duplicate=False))
+
+    def transformer(now: Transformer | None) -> Transformer:
+        return SharedPaths(now.before if isinstance(now, SharedPaths) else now, buffers)
+
+    gm.graph.on_generate_code(transformer)

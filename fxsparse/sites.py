@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from fxsparse import vanilla
+from fxsparse.ops import tile_cache
 from fxsparse.regrouping import Regrouping
 from fxsparse.site_checks import checked_conv2d, timed_conv2d
 
@@ -353,6 +354,7 @@ def refresh_weight(gm: nn.Module, site: ConvSite) -> None:
     if site.packed is not None:
         values, *tables = (attribute(gm, name) for name in site.packed_names)
         values.copy_(torch.ops.fxsparse.repack(weight, *tables, values.numel()))
+        tile_cache.refresh(values)
 
 
 def erase_unused(graph: Graph, node: Node) -> None:

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -20,7 +20,14 @@ from fxsparse.errors import FxsparseError
 Result = TypeVar("Result")
 Arm = Callable[[], Any]
 Calls = Sequence[tuple[Arm, int]]  # what to call, and how often in a row
-Clock = Callable[[Calls], list[float]]  # milliseconds of one call, for each of the calls
+
+
+class Clock(Protocol):
+    """Gives the milliseconds of one call, for each of the calls; before each come some that are not timed."""
+
+    def __call__(self, calls: Calls, settle: int = 0) -> list[float]:
+        """Call and time."""
+
 
 _SHORTEST_MS = 1e-6  # stands for a sample in which the clock did not advance, so that ratios exist
 _MOST_REPEATS = 1000
@@ -136,6 +143,7 @@ def interleaved(
     max_rounds: int = 60,
     sample_ms: float = 0.3,
     cold: bool = True,
+    settle: int = 0,
     stop: Callable[[Timings], bool] | None = None,
 ) -> Timings:
     """Time several callables against each other, in inference mode.
@@ -175,7 +183,7 @@ def interleaved(
         start = time.perf_counter()
         for i in range(max_rounds):
             turn = order(len(names), i)
-            times = clock([calls[k] for k in turn])
+            times = clock([calls[k] for k in turn], settle)
             for k, ms in zip(turn, times, strict=True):
                 samples[names[k]].append(max(ms, _SHORTEST_MS))
             if i + 1 < min_rounds:
@@ -282,9 +290,11 @@ def order(count: int, index: int) -> list[int]:
     return order if index // max(count, 1) % 2 == 0 else order[::-1]
 
 
-def _cpu_clock(calls: Calls) -> list[float]:
+def _cpu_clock(calls: Calls, settle: int = 0) -> list[float]:
     times = []
     for arm, repeats in calls:
+        for _ in itertools.repeat(None, settle):
+            arm()
         start = time.perf_counter()
         for _ in itertools.repeat(None, repeats):
             arm()
@@ -297,11 +307,13 @@ def _cuda_clock(device: torch.device, cold: bool) -> Clock:
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * cache if cold else 0, dtype=torch.uint8, device=device)
 
-    def clock(calls: Calls) -> list[float]:
+    def clock(calls: Calls, settle: int = 0) -> list[float]:
         stream = torch.cuda.current_stream(device)
         spans = []
         for arm, repeats in calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in itertools.repeat(None, settle):
+                arm()
             if cold:
                 flush.zero_()
             start.record(stream)

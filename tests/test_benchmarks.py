@@ -14,7 +14,7 @@ from torch import nn
 
 import fxsparse
 from benchmarks import __main__ as command
-from benchmarks import face, layers, lth, models, zoo
+from benchmarks import cuda, face, layers, lth, models, zoo
 from fxsparse import calibration
 from fxsparse import output_agreement as agreement
 from fxsparse.magnitude import magnitude_masks
@@ -237,3 +237,16 @@ def test_zoo_skips_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) ->
     entry = zoo.convert_one("torchvision", "any", zoo.argparse.Namespace(density=0.1))
     assert entry.status == "skipped"
     assert "memory" in entry.error
+
+
+def test_cuda_groups_share_their_columns_at_the_density() -> None:
+    regrouping = cuda.random_groups((130, 16, 3, 3), 0.1, 64, np.random.default_rng(0))
+    assert [len(block.rows) for block in regrouping.blocks] == [64, 64, 2]
+    assert all(len(block.columns) == 14 for block in regrouping.blocks)
+    assert sorted(np.concatenate([block.rows for block in regrouping.blocks])) == list(range(130))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_says_that_it_needs_a_device() -> None:
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        command.main(["cuda", "--layers"])

@@ -20,7 +20,7 @@ def test_the_cuda_library_loads_whatever_the_torch() -> None:
     assert capabilities.cuda
 
 
-@pytest.mark.parametrize("name", ["conv2d", "unpack", "repack"])
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_batch_inner", "region_batch_inner", "unpack", "repack"])
 def test_every_operator_has_a_cuda_kernel(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fxsparse::{name}", "CUDA")
 

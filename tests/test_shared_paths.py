@@ -41,6 +41,26 @@ def test_the_result_is_the_same_and_no_path_has_two_steps() -> None:
     assert gm.code.count("self.a") == gm.code.count("self.block") == 1
 
 
+def test_buffers_come_from_their_dict_and_parameters_as_attributes() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.BatchNorm1d(4)
+            self.register_buffer("shift", torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.inner.running_var + self.inner.weight + self.shift
+
+    model = Both()
+    gm, x = installed(model), torch.randn(3, 4)
+    assert gm.code.count("['running_var']") == gm.code.count("['shift']") == 1
+    assert "['weight']" not in gm.code
+    assert torch.equal(gm(x), model(x))
+    gm.inner.running_var = torch.full((4,), 3.0)  # another tensor under the same name
+    model.inner.running_var = torch.full((4,), 3.0)
+    assert torch.equal(gm(x), model(x))
+
+
 def test_installing_twice_and_recompiling_change_nothing() -> None:
     model = Nested()
     gm = installed(model)

@@ -126,6 +126,13 @@ def test_short_arms_are_repeated_until_a_sample_lasts(clock: Clock) -> None:
     assert len(clock.calls) == 1 + 1 + 3 * 20  # first call, one to count, and the rounds
 
 
+def test_a_sample_that_settles_times_none_of_the_calls_before_it(clock: Clock) -> None:
+    arm = clock.arm("a", 8.0, 8.0, *(8.0, 1.0) * 3)  # to begin with, to count the repeats, and cold and warm in turn
+    times = interleaved({"a": arm}, CPU, min_rounds=3, max_rounds=3, sample_ms=1.0, budget_s=1e-9, settle=1)
+    assert times.samples["a"] == pytest.approx((1.0, 1.0, 1.0))
+    assert len(clock.calls) == 2 + 3 * 2
+
+
 def test_slow_arms_are_warmed_up_by_two_calls(clock: Clock) -> None:
     interleaved({"a": clock.arm("a", 100.0)}, CPU, min_rounds=3, max_rounds=3)
     assert len(clock.calls) == 2 + 3

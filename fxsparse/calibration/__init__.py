@@ -39,6 +39,8 @@ _SITE_S, _LEAST_S, _MOST_S, _MODEL_S = 0.1, 2.0, 10.0, 2.0
 _BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} s"
 # How much slower a sparse convolution may be alone, so that no region ends before it: a share of its time.
 _FOR_REGIONS = -0.3
+# On CUDA a region ends with two changes of layout and with the fusion of what stands between: almost any slower one.
+_FOR_ONE_REGION = -0.95
 # A call that takes longer is not timed in as many variants.
 _LONG_MS = 150.0
 # Shares of a time budget; the rest goes to copies, packing and the run itself.
@@ -187,9 +189,12 @@ class _Run:
 
         sparse_alone = decided(moving=False)
         candidates = [("sparse", whole(sparse_alone))]
-        if self.only is None and self.device.type == "cpu":  # where there are regions
-            candidates.insert(0, ("regions", decided(moving=False, regions=True)))
-            candidates.insert(1, ("long regions", decided(moving=False, regions=True, margin=_FOR_REGIONS)))
+        if self.only is None:
+            candidates.insert(0, ("regions", decided(moving=False, free_between=True)))
+            candidates.insert(1, ("long regions", decided(moving=False, free_between=True, margin=_FOR_REGIONS)))
+        if self.only is None and self.device.type == "cuda":
+            whole_network = decided(moving=False, free_between=True, margin=_FOR_ONE_REGION)
+            candidates.insert(2, ("one region", whole_network))
         if self.only is None:
             candidates.append(("layouts", decided(sparse=False)))
             candidates.append(("sparse and layouts", decided()))

@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxsparse import layouts, sites
+from fxsparse import layouts, node_kinds, regions, sites
 from fxsparse.calibration.joint import Option, Step, solve
 from fxsparse.calibration.measuring import Measurements
-from fxsparse.calibration.samples import Candidate, Measured, Samples
+from fxsparse.calibration.samples import BATCH_INNER, Candidate, Measured, Samples
 from fxsparse.calibration.transparency import is_transparent
 from fxsparse.layouts import MEMORY_FORMATS
 from fxsparse.plan import Move, SitePlan
@@ -36,7 +36,7 @@ def decide(
     *,
     sparse: bool = True,
     moving: bool = True,
-    regions: bool = False,
+    free_between: bool = False,
     only: bool = False,
     shown: Measurements | None = None,
 ) -> Decision:
@@ -50,8 +50,8 @@ def decide(
             a sparse path may be slower.
         sparse: allow sparse paths.
         moving: allow vanilla paths in another layout than the captured one.
-        regions: what stands between convolutions costs nothing, as where a region runs it; its own measured times, as
-            calls of their own, would have a slow pooling change its layout and so part one region into two.
+        free_between: what stands between convolutions costs nothing, as where a region runs it; its own measured times,
+            as calls of their own, would have a slow pooling change its layout and so part one region into two.
         only: not all sites were measured: nothing around those that were may change.
         shown: where the times in the result come from, if not from `found`.
     """
@@ -61,7 +61,7 @@ def decide(
             default = found.sites[node].default
             allowed[node] = [c for c in candidates if c.path == "sparse" or c == default]
     if found.layouts[gm].ok and not only:
-        chosen, moves = _jointly(gm, prefix, found, allowed, margin, regions)
+        chosen, moves = _jointly(gm, prefix, found, allowed, margin, free_between)
     else:
         chosen, moves = _one_by_one(prefix, found, allowed, margin)
     plans = {}
@@ -128,7 +128,9 @@ def _one_by_one(
             if candidate.gives != gives and node in found.values:
                 seen = found.values[node]
                 costs[candidate] += _times(found.moves[(seen.shape, seen.dtype)])[gives]
-        here = [candidate for candidate in candidates if candidate.needs == measured.default.needs]
+            if candidate.needs == BATCH_INNER:  # a region of its own; what comes in costs about what goes out does
+                costs[candidate] += costs[candidate] - _costs(measured, margin)[candidate]
+        here = [c for c in candidates if c.needs in (measured.default.needs, BATCH_INNER)]
         chosen[node] = min(here, key=costs.__getitem__)
         if chosen[node].gives != gives:
             moves.append(Move(prefix, node.name, gives, layouts.readers_of(node)))
@@ -141,7 +143,7 @@ def _jointly(
     found: Measurements,
     allowed: dict[Node, list[Candidate]],
     margin: float,
-    regions: bool,
+    free_between: bool,
 ) -> tuple[dict[Node, Candidate], tuple[Move, ...]]:
     of_site = {node: sites.input_node(node) for node in allowed}
     pads = {node.args[0] for node, source in of_site.items() if node.args[0] is not source}
@@ -153,7 +155,7 @@ def _jointly(
         else:
             inputs = [of_site[node]] if node in of_site else node.all_input_nodes
         read = tuple(dict.fromkeys(value for value in inputs if value in layout_of))
-        options = _options(gm, node, read, found, allowed, layout_of, margin, regions)
+        options = _options(gm, node, read, found, allowed, layout_of, margin, free_between)
         steps += _steps(node, read, options, layout_of)
     for node in gm.graph.nodes:
         if node.op == "output":
@@ -178,8 +180,8 @@ def _jointly(
 def _times(samples: Samples | None) -> dict[str, float]:
     """Return the medians by layout; without samples the layout makes no difference."""
     if samples is None:
-        return dict.fromkeys(MEMORY_FORMATS, 0.0)
-    return {layout: samples.summary(layout).median_ms for layout in MEMORY_FORMATS}
+        return dict.fromkeys((*MEMORY_FORMATS, BATCH_INNER), 0.0)
+    return {layout: samples.summary(layout).median_ms for layout in samples.by_arm}
 
 
 def _options(
@@ -190,7 +192,7 @@ def _options(
     allowed: dict[Node, list[Candidate]],
     layout_of: dict[Node, str],
     margin: float,
-    regions: bool,
+    free_between: bool,
 ) -> tuple[Option, ...] | None:
     """Return the ways to run a node, or None where it is opaque."""
     if node in allowed:
@@ -206,11 +208,28 @@ def _options(
         return None
     if any(_is_map(gm, value) for value in node.all_input_nodes):
         return None
-    times = _times(None if regions else found.others.get(node))
-    return tuple(Option(layout, layout, times[layout]) for layout in MEMORY_FORMATS)
+    times = _times(None if free_between else found.others.get(node))
+    options = tuple(Option(layout, layout, times[layout]) for layout in MEMORY_FORMATS)
+    in_regions = any(candidate.needs == BATCH_INNER for candidates in allowed.values() for candidate in candidates)
+    if not in_regions or not _is_step(gm, node, found):
+        return options
+    # There a node costs no more than in the better of torch's layouts.
+    return (*options, Option(BATCH_INNER, BATCH_INNER, min(option.cost for option in options)))
+
+
+def _is_step(gm: GraphModule, node: Node, found: Measurements) -> bool:
+    """Tell whether a region on CUDA can do a node, as a step or as an epilogue, where all around it is in it."""
+    if node_kinds.does_nothing(gm, node) or regions.Group(batch_inner=True).other_step(gm, node, {}) is not None:
+        return True
+    # An addition counts by the shapes seen: its inputs come from sparse convolutions only once these are chosen.
+    inputs = node.all_input_nodes
+    shapes = {found.values[value].shape for value in inputs if value in found.values}
+    return len(inputs) == 2 and len(shapes) == 1 and any(node_kinds.added(node, value) is not None for value in inputs)
 
 
 def _either(candidate: Candidate) -> list[tuple[str, str]]:
+    if candidate.needs == BATCH_INNER:
+        return [(BATCH_INNER, BATCH_INNER)]
     return [(layout, layout if candidate.path == "vanilla" else candidate.gives) for layout in MEMORY_FORMATS]
 
 
@@ -257,7 +276,8 @@ def _moves(prefix: str, steps: list[Step], options: dict[str, Option]) -> tuple[
     for step in steps:
         option = options[step.name]
         for name in step.inputs:
-            if option.needs != options[name].gives:
+            # Into a region, nodes hand on what they have: it changes the layout itself.
+            if option.needs not in (options[name].gives, BATCH_INNER):
                 readers[(name, option.needs)].append(_reader(step.name))
     return tuple(
         Move(prefix, name, layout, tuple(sorted(set(names)))) for (name, layout), names in sorted(readers.items())
@@ -280,7 +300,7 @@ def _site_plan(site: ConvSite, measured: Measured, chosen: Candidate, margin: fl
     ms = measured.ms
     return SitePlan(
         path=chosen.path,
-        layout=chosen.gives,
+        layout="contiguous" if chosen.gives == BATCH_INNER else chosen.gives,  # as it leaves a region
         packing=sparse.packing if sparse else "blocks",
         input_shape=measured.input.shape,
         output_shape=measured.output_shape,

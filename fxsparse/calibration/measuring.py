@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -18,14 +19,17 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from fxsparse import agreement, sites, timing
+from fxsparse import agreement, sites, tiled_weights, timing
 from fxsparse.calibration import packings
 from fxsparse.calibration.probes import Seen, probed
-from fxsparse.calibration.samples import Candidate, Measured, Samples
+from fxsparse.calibration.samples import BATCH_INNER, Candidate, Measured, Samples
 from fxsparse.calibration.transparency import is_elementwise, is_transparent, may_choose_layouts
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import ExampleInputs
 from fxsparse.layouts import MEMORY_FORMATS
+from fxsparse.ops import batch_inner, tile_cache
+from fxsparse.ops.packing import PackedWeight
+from fxsparse.ops.region import NONE, Add
 from fxsparse.report import graphs_of
 from fxsparse.sites import ConvSite, Support
 from fxsparse.writes import written_input
@@ -36,6 +40,7 @@ _WARM_UPS, _STILL_FALLS = 4, 0.9
 _MIN_SAMPLES, _MAX_SAMPLES = 9, 200  # nine are the fewest whose 95 % interval leaves out the extremes
 # Samples of one candidate in a row, after a run that only fills the caches. Longer runs fill them by themselves.
 _SAMPLES_IN_A_ROW, _LONG_RUN_S = 2, 0.05
+_ROUND_TRIP_MOVES = 3  # what a region that computes nothing takes, in changes of layout
 
 
 @dataclasses.dataclass
@@ -46,7 +51,8 @@ class Measurements:
         sites: by node.
         values: the 4-D tensors of the graphs, by node.
         others: layout-transparent nodes whose time depends on the layout, by node; the arms are the layouts.
-        moves: changes of layout, by (shape, dtype); the arms are the layouts that they go to.
+        moves: changes of layout, by (shape, dtype); the arms are the layouts that they go to, with `BATCH_INNER` where
+            a region could.
         layouts: whether each graph's layouts may be chosen, by graph.
     """
 
@@ -133,6 +139,8 @@ class _Measuring:
         self.packed: dict[Node, dict[str, packings.Tensors]] = {}
         self.replays: dict[tuple[Node, int, str], Callable[[], Any]] = {}
         self.calls: dict[Node, int] = {}  # of each site in this run
+        self.tiles = False  # whether a site can run on a tiled weight
+        self.round_trips: dict[tuple[tuple[int, ...], torch.dtype], Callable[[], Any]] = {}
         for gm in graphs_of(model):
             self.found.layouts[gm] = may_choose_layouts(gm)
 
@@ -231,7 +239,18 @@ class _Measuring:
             return
         if self._chooses(gm) or node in self.found.sites:
             self.moved.add(key)
-            _time_moves(self.found.moves.setdefault(key, Samples.of(MEMORY_FORMATS)), value, self.sample)
+            self._time_moves(key, value, self.sample)
+
+    def _time_moves(self, key: tuple[tuple[int, ...], torch.dtype], value: Tensor, index: int) -> None:
+        times = timing.one_round(_moves(value), value.device, index)
+        if self.tiles:
+            if key not in self.round_trips:
+                trip = partial(_round_trip, value)
+                # A region that does more takes no longer to be called.
+                self.round_trips[key] = timing.graphed(trip, value.device) if value.is_cuda else trip
+            trip_ms = timing.one_round({BATCH_INNER: self.round_trips[key]}, value.device, index)
+            times[BATCH_INNER] = trip_ms[BATCH_INNER] / _ROUND_TRIP_MOVES
+        self.found.moves.setdefault(key, Samples.of(times)).add(times)
 
     def _convolve(self, gm: GraphModule, node: Node, source: Tensor) -> Tensor:
         """Run a site by this run's candidate, or by its default where it has no such one, or not any more."""
@@ -263,7 +282,10 @@ class _Measuring:
     def _meet(self, gm: GraphModule, node: Node, site: ConvSite, source: Tensor) -> None:
         """List the candidates of a site, and check that its paths agree."""
         self.weights[node] = {}
-        self.packed[node] = {name: packings.tensors(gm, site, name) for name in packings.candidates(gm, site)}
+        known = packings.candidates(gm, site)
+        tiled = bool(known) and tiled_weights.are_possible(gm, site, tuple(source.shape))
+        self.tiles |= tiled
+        self.packed[node] = {name: packings.tensors(gm, site, name) for name in (known[:1] if tiled else known)}
         measured = self.found.sites[node] = Measured(Seen.of(source))
         # `torch.conv2d` gives channels_last if either its input or its weight is in that.
         gives = Seen.of(sites.run_vanilla(gm, site, source)).layout or measured.input.layout or "contiguous"
@@ -273,7 +295,10 @@ class _Measuring:
             layouts.append("channels_last" if arrives == "contiguous" else "contiguous")
         for layout in layouts:
             candidates = [Candidate("vanilla", "", layout, gives if layout == arrives else layout)]
-            candidates += [Candidate("sparse", packing, layout, "contiguous") for packing in self.packed[node]]
+            if not tiled:
+                candidates += [Candidate("sparse", packing, layout, "contiguous") for packing in self.packed[node]]
+            elif layout == layouts[-1]:  # in a region, which changes the layout itself
+                candidates += [Candidate("sparse", known[0], BATCH_INNER, BATCH_INNER)]
             for candidate in candidates:
                 measured.candidates[str(candidate)] = candidate
                 if candidate.path == "sparse":
@@ -284,6 +309,8 @@ class _Measuring:
         self, gm: GraphModule, node: Node, site: ConvSite, source: Tensor, candidate: Candidate
     ) -> Callable[[], Tensor]:
         """Return the call of a candidate as its node makes it; tensors get into its layout here, off the clock."""
+        if candidate.needs == BATCH_INNER:
+            return _tiled_arm(gm, site, source, self.packed[node][candidate.packing])
         memory_format = MEMORY_FORMATS[candidate.needs]
         x = source.contiguous(memory_format=memory_format) if self.found.sites[node].input.layout else source
         bias = None if site.bias is None else sites.attribute(gm, site.bias)
@@ -310,14 +337,33 @@ class _Measuring:
         return dense
 
 
-def _time_moves(samples: Samples, value: Tensor, index: int) -> None:
+def _tiled_arm(gm: GraphModule, site: ConvSite, source: Tensor, packed: packings.Tensors) -> Callable[[], Tensor]:
+    """Return the step that a site is within a region on CUDA, as a call of its own."""
+    values, columns, panels, rows = packed
+    made = tile_cache.tiled(PackedWeight(values, columns, panels, rows, site.weight_shape))
+    kind = source.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
+    x = batch_inner.to_batch_inner(source.to(dtype))
+    tiles = batch_inner.cast_tiles(made.values, made.tile_rows, dtype)
+    bias = None if site.bias is None else sites.attribute(gm, site.bias).to(dtype)
+    tables = (tiles, made.columns, made.tiles, made.rows, bias)
+    geometry = (list(site.weight_shape), list(site.stride), list(site.padding), list(site.dilation), site.groups)
+    return partial(torch.ops.fxsparse.conv2d_batch_inner, x, *tables, *geometry)
+
+
+def _round_trip(value: Tensor) -> list[Tensor]:
+    """Run a region that computes nothing: a change of layout, a copy, and a change back."""
+    result: list[Tensor] = torch.ops.fxsparse.region_batch_inner([value], [], Add(0, NONE, "none").numbers(), [1], [])
+    return result
+
+
+def _moves(value: Tensor) -> dict[str, Callable[[], Tensor]]:
     contiguous = value.contiguous()
     last = value.contiguous(memory_format=torch.channels_last)
-    arms: dict[str, Callable[[], Tensor]] = {
+    return {
         "contiguous": lambda: last.contiguous(),
         "channels_last": lambda: contiguous.contiguous(memory_format=torch.channels_last),
     }
-    samples.add(timing.one_round(arms, value.device, index))
 
 
 def _refuse_disagreement(gm: GraphModule, site: ConvSite, source: Tensor, arm: Callable[[], Tensor]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from fxsparse import timing
 from fxsparse.calibration.probes import Seen
 
+# The layout of values within a region on CUDA; no layout of torch's.
+BATCH_INNER = "batch_inner"
 # A candidate this much slower than the best, after the first few runs, is not looked at again.
 _OUT_OF_THE_RACE = 1.5
 
@@ -20,7 +22,7 @@ class Candidate:
         path: "vanilla" or "sparse".
         packing: of the sparse weight, "blocks" or "rows"; "" where vanilla.
         needs: the layout of its input.
-        gives: the layout of its output; the sparse operator's is contiguous.
+        gives: the layout of its output; the sparse operator's is contiguous, in a region on CUDA `BATCH_INNER`.
     """
 
     path: str
@@ -116,8 +118,9 @@ class Measured:
         return (times.high_ms - times.low_ms) / times.median_ms
 
     def vanilla_on(self, layout: str) -> Candidate:
-        """Return the vanilla candidate for an input in a layout."""
-        return next(c for c in self.candidates.values() if c.path == "vanilla" and c.needs == layout)
+        """Return the vanilla candidate for an input in a layout; the default where none takes that."""
+        found = (c for c in self.candidates.values() if c.path == "vanilla" and c.needs == layout)
+        return next(found, self.default)
 
     def best(self, path: str) -> Candidate | None:
         """Return the fastest candidate of a path among those still timed, or None where the path has none."""

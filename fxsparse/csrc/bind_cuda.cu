@@ -1,39 +1,14 @@
 // Registers the operators' CUDA kernels. The schemas are in bind_cpu.cpp; the library loads without a GPU,
 // and with a torch that has no CUDA.
-#include "conv2d_arguments.h"
 #include "cuda/launch.h"
+#include "cuda_binding.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/shim_utils.h>
-
-// Only libtorch_cuda.so has it. Weak, so that a CPU-only torch can still load this library.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void **);
 
 namespace fxsparse {
 namespace {
-
-cudaStream_t current_stream(const Tensor &tensor) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "This torch has no CUDA support. Install a CUDA build of torch.");
-  void *stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Torch picks CUDA kernels as soon as one tensor is on a CUDA device.
-void check_cuda(const char *name, const Tensor &tensor) {
-  STD_TORCH_CHECK(tensor.is_cuda(), "'", name, "' is on ", device_text(tensor),
-                  ", expected the CUDA device where another tensor is");
-}
-
-void check_launch(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "The CUDA launch failed: ", cudaGetErrorString(status));
-}
 
 // Calls `body` with a null pointer of the element type that `tensor` holds (a checked one).
 template <typename Body> cudaError_t with_element_type(const Tensor &tensor, const Body &body) {

@@ -1,184 +1,98 @@
-// The operator `region`: reads its program, checks every number in it, and runs it (cpu/region.h).
+// The operator `region` on a CPU: makes of its program (region_program.h) what cpu/region.h runs. The schemas of both
+// operators for regions are here.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/region.h"
 #include "cpu_binding.h"
+#include "region_program.h"
 
 namespace fxsparse {
 namespace {
 
-// The integers of a step; docs/architecture.md has their order.
-enum Kind : int64_t { kConvStep, kMaxPoolStep, kAddStep };
-constexpr int64_t kConvLength = 23, kMaxPoolLength = 11, kAddLength = 4;
-
-class Reader {
+// A region with the tensors that it points at.
+class Bound {
 public:
-  Reader(const std::vector<Tensor> &inputs, const std::vector<Tensor> &tensors, const std::vector<int64_t> &program)
-      : tensors_(tensors), program_(program) {
-    STD_TORCH_CHECK(!inputs.empty(), "'inputs' is empty, expected the images that the region begins with");
-    const ImageSizes first = checked_images("inputs", inputs[0]);
-    anchor_ = inputs[0];
+  Bound(const Program &program, const std::vector<Tensor> &inputs) : anchor_(inputs[0]) {
     region.dtype = dtype_of(inputs[0]);
-    region.batch = first.batch;
-    for (const Tensor &input : inputs) {
-      check_like("inputs", input, "inputs[0]", inputs[0]);
-      const ImageSizes sizes = checked_images("inputs", input);
-      STD_TORCH_CHECK(sizes.batch == first.batch && input.dim() == inputs[0].dim(),
-                      "'inputs' have different numbers of images: ", sizes.batch, ", expected ", first.batch);
-      contiguous_.push_back(as_contiguous(input));
-      add_value(sizes.channels, sizes.height, sizes.width);
-      region.values.back().input = static_cast<const char *>(contiguous_.back().const_data_ptr());
+    region.batch = program.batch;
+    for (const ProgramValue &value : program.values)
+      region.values.push_back({value.channels, value.height, value.width, nullptr, nullptr, 0, 0});
+    for (size_t i = 0; i < inputs.size(); ++i) {
+      contiguous_.push_back(as_contiguous(inputs[i]));
+      region.values[i].input = static_cast<const char *>(contiguous_.back().const_data_ptr());
     }
-  }
-
-  void read() {
-    while (at_ < int64_t(program_.size())) {
-      const int64_t kind = program_[at_];
-      if (kind == kConvStep)
-        read_conv();
-      else if (kind == kMaxPoolStep)
-        read_max_pool();
-      else
-        read_add();
-    }
-  }
-
-  int64_t checked_value(int64_t value) const {
-    STD_TORCH_CHECK(value >= 0 && value < int64_t(region.values.size()), "The region names the value ", value,
-                    ", expected one of the ", region.values.size(), " before it");
-    return value;
+    for (const ProgramStep &step : program.steps)
+      add(program, step);
   }
 
   Region region = {};
 
 private:
-  void add_value(int64_t channels, int64_t height, int64_t width) {
-    region.values.push_back({channels, height, width, nullptr, nullptr, 0, 0});
-  }
-
-  const int64_t *take(int64_t length) {
-    STD_TORCH_CHECK(at_ + length <= int64_t(program_.size()), "The region's program ends within a step");
-    const int64_t *numbers = program_.data() + at_;
-    at_ += length;
-    return numbers;
-  }
-
-  const Tensor &tensor(int64_t index) const {
-    STD_TORCH_CHECK(index >= 0 && index < int64_t(tensors_.size()), "The region names tensor ", index,
-                    ", expected one of ", tensors_.size());
-    return tensors_[index];
-  }
-
-  static Activation activation(int64_t number) {
-    STD_TORCH_CHECK(number >= 0 && number <= int64_t(Activation::kHardswish), "The region names activation ", number,
-                    ", expected 0 to ", int64_t(Activation::kHardswish));
-    return Activation(number);
-  }
-
-  RegionStep step(StepKind kind, int64_t input, int64_t add) {
+  void add(const Program &program, const ProgramStep &from) {
     RegionStep step = {};
-    step.kind = kind;
-    step.input = checked_value(input);
-    step.add = add == -1 ? -1 : checked_value(add);
-    step.output = int64_t(region.values.size());
-    return step;
+    step.input = from.input;
+    step.add = from.add;
+    step.output = from.output;
+    step.activation = from.activation;
+    if (from.kind == ProgramKind::kConv)
+      conv(program, from, step);
+    else if (from.kind == ProgramKind::kMaxPool)
+      max_pool(program, from, step);
+    else
+      step.kind = StepKind::kAdd;
+    STD_TORCH_CHECK(from.kind != ProgramKind::kAverage, "The region has a step of kind ", int64_t(from.kind),
+                    ", which `region_batch_inner` alone has");
+    region.steps.push_back(step);
   }
 
-  void check_added(const RegionStep &step) const {
-    if (step.add < 0)
-      return;
-    const RegionValue &add = region.values[step.add], &out = region.values[step.output];
-    STD_TORCH_CHECK(add.channels == out.channels && add.height == out.height && add.width == out.width,
-                    "The region adds images of ", add.channels, " x ", add.height, " x ", add.width, " to such of ",
-                    out.channels, " x ", out.height, " x ", out.width);
-  }
-
-  void read_conv() {
-    const int64_t *n = take(kConvLength);
-    RegionStep conv = step(StepKind::kConv, n[1], n[2]);
-    const Tensor &values = tensor(n[3]), &columns = tensor(n[4]), &panels = tensor(n[5]), &rows = tensor(n[6]);
-    STD_TORCH_CHECK(n[21] >= 0 && n[21] <= int64_t(PaddingMode::kCircular), "The region names padding mode ", n[21]);
-    const RegionValue &in = region.values[conv.input];
-    const Conv2dGeometry g = checked_geometry({region.batch, in.channels, in.height, in.width}, {n + 8, 4}, {n + 12, 2},
-                                              {n + 14, 4}, {n + 18, 2}, n[20], PaddingMode(n[21]), activation(n[22]));
-    check_packed(values, columns, panels, rows, "inputs", anchor_, g.out_channels);
+  void conv(const Program &program, const ProgramStep &from, RegionStep &step) {
+    const Tensor &values = program.tensor(from.weight[0]), &columns = program.tensor(from.weight[1]),
+                 &panels = program.tensor(from.weight[2]), &rows = program.tensor(from.weight[3]);
+    check_packed(values, columns, panels, rows, "inputs", anchor_, from.conv.out_channels);
     packed_.emplace_back(values, columns, panels, rows);
-    conv.weight = packed_.back().weight();
-    conv.conv = shape_of(g, region.dtype);
-    if (n[7] != -1) {
-      check_bias(tensor(n[7]), "inputs", anchor_, g.out_channels);
-      contiguous_.push_back(as_contiguous(tensor(n[7])));
-      conv.bias = contiguous_.back().const_data_ptr();
-    }
-    add_value(g.out_channels, g.out_height, g.out_width);
-    check_added(conv);
-    region.steps.push_back(conv);
+    step.kind = StepKind::kConv;
+    step.weight = packed_.back().weight();
+    step.conv = shape_of(from.conv, region.dtype);
+    if (from.bias == -1)
+      return;
+    check_bias(program.tensor(from.bias), "inputs", anchor_, from.conv.out_channels);
+    contiguous_.push_back(as_contiguous(program.tensor(from.bias)));
+    step.bias = contiguous_.back().const_data_ptr();
   }
 
-  void read_max_pool() {
-    const int64_t *n = take(kMaxPoolLength);
-    RegionStep pool = step(StepKind::kMaxPool, n[1], -1);
-    const RegionValue in = region.values[pool.input];
-    check_list("kernel_size", {n + 2, 2}, 2, 1);
-    check_list("stride", {n + 4, 2}, 2, 1);
-    check_list("padding", {n + 6, 2}, 2, 0);
-    check_list("dilation", {n + 8, 2}, 2, 1);
-    PoolShape &s = pool.pool;
-    s = {in.height, in.width, 0, 0, {n[2], n[3]}, {n[4], n[5]}, {n[6], n[7]}, {n[8], n[9]}, 0};
-    int64_t sizes[2] = {in.height, in.width};
-    for (int axis = 0; axis < 2; ++axis) {
-      STD_TORCH_CHECK(2 * s.pad[axis] <= s.kernel[axis], "'padding' is ", s.pad[axis],
-                      ", expected at most half of the kernel's size ", s.kernel[axis]);
-      sizes[axis] = checked_output_size(axis ? "width" : "height", sizes[axis], s.pad[axis], s.pad[axis],
-                                        s.kernel[axis], s.stride[axis], s.dilation[axis], n[10] != 0);
-    }
-    s.out_height = sizes[0];
-    s.out_width = sizes[1];
-    const int64_t reach = (s.out_width - 1) * s.stride[1] + (s.kernel[1] - 1) * s.dilation[1] + 1;
-    s.row_elements = std::max(reach, s.width + 2 * s.pad[1]) + 2 * kPanelLanes;
-    add_value(in.channels, s.out_height, s.out_width);
-    region.steps.push_back(pool);
+  static void max_pool(const Program &program, const ProgramStep &from, RegionStep &step) {
+    const ProgramValue &in = program.values[from.input], &out = program.values[from.output];
+    const PoolWindow &w = from.window;
+    const int64_t reach = (out.width - 1) * w.stride[1] + (w.kernel[1] - 1) * w.dilation[1] + 1;
+    step.kind = StepKind::kMaxPool;
+    step.pool = {in.height,
+                 in.width,
+                 out.height,
+                 out.width,
+                 {w.kernel[0], w.kernel[1]},
+                 {w.stride[0], w.stride[1]},
+                 {w.pad[0], w.pad[1]},
+                 {w.dilation[0], w.dilation[1]},
+                 std::max(reach, in.width + 2 * w.pad[1]) + 2 * kPanelLanes};
   }
 
-  void read_add() {
-    STD_TORCH_CHECK(program_[at_] == kAddStep, "The region has a step of kind ", program_[at_], ", expected 0, 1 or 2");
-    const int64_t *n = take(kAddLength);
-    RegionStep add = step(StepKind::kAdd, n[1], n[2]);
-    add.activation = activation(n[3]);
-    const RegionValue in = region.values[add.input];
-    add_value(in.channels, in.height, in.width);
-    check_added(add);
-    region.steps.push_back(add);
-  }
-
-  const std::vector<Tensor> &tensors_;
-  const std::vector<int64_t> &program_;
   Tensor anchor_;
   std::vector<Tensor> contiguous_;
   std::vector<Packed> packed_; // keep alive what the region points at
-  int64_t at_ = 0;
 };
 
 std::vector<Tensor> region(const std::vector<Tensor> &inputs, const std::vector<Tensor> &tensors,
-                           const std::vector<int64_t> &program, const std::vector<int64_t> &outputs) {
-  Reader reader(inputs, tensors, program);
-  reader.read();
-  Region &region = reader.region;
+                           const std::vector<int64_t> &numbers, const std::vector<int64_t> &outputs) {
+  const Program program(inputs, tensors, numbers);
+  Bound bound(program, inputs);
+  Region &region = bound.region;
   std::vector<Tensor> results;
-  bool empty_batch = region.batch == 0;
-  for (const int64_t output : outputs) {
-    RegionValue &value = region.values[reader.checked_value(output)];
-    STD_TORCH_CHECK(value.input == nullptr && value.output == nullptr, "The region gives the value ", output,
-                    " twice, or an input");
-    std::vector<int64_t> sizes = {region.batch, value.channels, value.height, value.width};
-    if (inputs[0].dim() == 3)
-      sizes.erase(sizes.begin());
+  for (const std::vector<int64_t> &sizes : program.output_sizes(outputs, inputs[0])) {
+    const int64_t output = outputs[results.size()];
     results.push_back(empty(sizes, inputs[0].scalar_type()));
-    value.output = static_cast<char *>(results.back().mutable_data_ptr());
+    region.values[output].output = static_cast<char *>(results.back().mutable_data_ptr());
   }
-  for (const RegionValue &value : region.values)
-    empty_batch = empty_batch || value.height == 0 || value.width == 0;
-  if (empty_batch)
+  if (program.is_empty())
     return results;
   region.threads = torch::stable::get_num_threads();
   const int64_t bytes = plan_region(region);
@@ -193,6 +107,8 @@ std::vector<Tensor> region(const std::vector<Tensor> &inputs, const std::vector<
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
   m.def("region(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]");
+  m.def("region_batch_inner(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs, "
+        "int[] channels_last) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) { m.impl("region", TORCH_BOX(&fxsparse::region)); }

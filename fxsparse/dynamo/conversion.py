@@ -83,6 +83,7 @@ def backend(
     _guard(graph)
     with torch.inference_mode(False), torch.no_grad():
         bound = bind(gm, graph.packable, graph.bound, graph.values)
+        bound.may_tile = False  # `live` follows the packed weights alone
         _convert(bound, graph, chosen.settings)
         record = Record(report_of(bound), graph.tensors)
         if not any(site.path == "sparse" for _, site in sites.conv_sites(bound)) and not layouts.current(bound):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fxsparse.ops import reference, region, table_check
+from fxsparse.ops import batch_inner, reference, region, table_check
 
 log = logging.getLogger(__name__)
 
@@ -27,14 +27,24 @@ SCHEMAS = {
         "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
         'str padding_mode="zeros", str activation="none", Tensor? add=None) -> Tensor'
     ),
+    "conv2d_batch_inner": (
+        "(Tensor input, Tensor tile_values, Tensor tile_columns, Tensor tiles, Tensor tile_rows, Tensor? bias, "
+        "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
+        'str activation="none", Tensor? add=None, str kernel="auto", bool overlap=True) -> Tensor'
+    ),
     "region": "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]",
+    "region_batch_inner": (
+        "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs, int[] channels_last) -> Tensor[]"
+    ),
     "unpack": "(Tensor values, Tensor columns, Tensor panels, Tensor rows, int[] weight_shape) -> Tensor",
     "repack": "(Tensor weight, Tensor columns, Tensor panels, Tensor rows, int values) -> Tensor",
     "validate": "(Tensor columns, Tensor panels, Tensor rows, int values, int[] weight_shape, int groups) -> ()",
 }
 _REFERENCE: dict[str, Callable[..., Tensor | list[Tensor] | None]] = {
     "conv2d": reference.conv2d,
+    "conv2d_batch_inner": batch_inner.conv2d_batch_inner,
     "region": region.reference,
+    "region_batch_inner": region.reference_batch_inner,
     "unpack": reference.unpack,
     "repack": reference.repack,
     "validate": table_check.validate,

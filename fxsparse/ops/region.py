@@ -1,27 +1,36 @@
-"""The operator `region`: its program, and what it computes step by step.
+"""The operators `region` and `region_batch_inner`: their programs, and what they compute step by step.
 
 A region is a list of steps over values. The inputs are the first values, and each step makes the next one. Its program
 is plain integers, so that it exports and compiles like any operator's arguments (see `docs/architecture.md`).
+
+The steps of `region_batch_inner` run on images stored batch-innermost (`ops/batch_inner.py`): it changes the layout of
+what comes in and of what goes out, and its convolutions' weights are in tiled form (`ops/tiles.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxsparse.ops import batch_inner
+
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 _FUNCTIONS = {"relu": torch.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 NONE = -1  # in the place of a number
-_LENGTHS = (23, 11, 4)  # of a step's numbers, by kind
+_LENGTHS = (23, 11, 4, 2)  # of a step's numbers, by kind
 
 
 class Conv(NamedTuple):
-    """A sparse convolution: values by number in the region, tensors by number in `tensors`."""
+    """A sparse convolution: values by number in the region, tensors by number in `tensors`.
+
+    `packed` is values, columns, panels and rows in `region`; tile_values, tile_columns, tiles and tile_rows in
+    `region_batch_inner`, whose only padding mode is "zeros".
+    """
 
     input: int
     add: int
@@ -50,6 +59,14 @@ class Conv(NamedTuple):
         geometry = (self.weight_shape, self.stride, self.padding, self.dilation, self.groups, self.padding_mode)
         result: Tensor = torch.ops.fxsparse.conv2d(values[self.input], *packed, bias, *geometry, self.activation, add)
         return result
+
+    def run_tiled(self, values: list[Tensor], tensors: list[Tensor], conv2d: Callable[..., Tensor]) -> Tensor:
+        """Compute it from a tiled weight, by `conv2d_batch_inner` or what stands in for it."""
+        tiled = (tensors[i] for i in self.packed)
+        bias = None if self.bias == NONE else tensors[self.bias]
+        add = None if self.add == NONE else values[self.add]
+        geometry = tuple(list(part) for part in (self.weight_shape, self.stride, self.padding, self.dilation))
+        return conv2d(values[self.input], *tiled, bias, *geometry, self.groups, self.activation, add)
 
 
 class MaxPool(NamedTuple):
@@ -92,7 +109,21 @@ class Add(NamedTuple):
         return value if self.activation == "none" else _FUNCTIONS[self.activation](value)
 
 
-Step = Conv | MaxPool | Add
+class Average(NamedTuple):
+    """The mean of each plane, as a plane of one pixel; in `region_batch_inner` alone."""
+
+    input: int
+
+    def numbers(self) -> list[int]:
+        """Return the step as the program has it."""
+        return [3, self.input]
+
+    def run(self, values: list[Tensor], tensors: list[Tensor]) -> Tensor:
+        """Compute it."""
+        return F.adaptive_avg_pool2d(values[self.input], 1)
+
+
+Step = Conv | MaxPool | Add | Average
 
 
 def steps_of(program: list[int]) -> Iterator[Step]:
@@ -106,8 +137,10 @@ def steps_of(program: list[int]) -> Iterator[Step]:
             yield Conv(n[1], n[2], tuple(n[3:7]), n[7], *shapes, n[20], PADDING_MODES[n[21]], ACTIVATIONS[n[22]])
         elif n[0] == 1:
             yield MaxPool(n[1], tuple(n[2:4]), tuple(n[4:6]), tuple(n[6:8]), tuple(n[8:10]), bool(n[10]))
-        else:
+        elif n[0] == 2:
             yield Add(n[1], n[2], ACTIVATIONS[n[3]])
+        else:
+            yield Average(n[1])
 
 
 def reference(inputs: list[Tensor], tensors: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:
@@ -116,3 +149,47 @@ def reference(inputs: list[Tensor], tensors: list[Tensor], program: list[int], o
     for step in steps_of(program):
         values.append(step.run(values, tensors))
     return [values[i] for i in outputs]
+
+
+def reference_batch_inner(
+    inputs: list[Tensor], tensors: list[Tensor], program: list[int], outputs: list[int], channels_last: list[int]
+) -> list[Tensor]:
+    """Compute a region of tiled convolutions step by step, each value batch_inner; in torch's own operators alone.
+
+    Args:
+        inputs: images of one batch, [N, C, H, W] or [C, H, W], of any strides.
+        tensors: tiled weights and biases.
+        program: as `steps_of` reads it.
+        outputs: the values to return.
+        channels_last: those of them that get the strides of torch.channels_last; the others are contiguous.
+    """
+    batched = inputs[0].dim() == 4
+    values = [batch_inner.to_batch_inner(x if batched else x[None]) for x in inputs]
+    for step in steps_of(program):
+        if isinstance(step, Conv):
+            values.append(step.run_tiled(values, tensors, batch_inner.conv2d_batch_inner))
+        else:
+            values.append(batch_inner.to_batch_inner(step.run(values, tensors)))
+    results = {i: _stored(values[i], i in channels_last) for i in outputs}
+    return [results[i] if batched else results[i][0] for i in outputs]
+
+
+def fake_batch_inner(
+    inputs: list[Tensor], tensors: list[Tensor], program: list[int], outputs: list[int], channels_last: list[int]
+) -> list[Tensor]:
+    """Return what `region_batch_inner` does, in shapes and strides alone."""
+    batched = inputs[0].dim() == 4
+    values = [x if batched else x[None] for x in inputs]
+    for step in steps_of(program):
+        if isinstance(step, Conv):
+            values.append(step.run_tiled(values, tensors, torch.ops.fxsparse.conv2d_batch_inner))
+        else:
+            values.append(step.run(values, tensors))
+    results = {i: torch.empty_like(_stored(values[i], i in channels_last)) for i in outputs}
+    return [results[i] if batched else results[i][0] for i in outputs]
+
+
+def _stored(value: Tensor, channels_last: bool) -> Tensor:
+    """Return a new tensor as torch stores images."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(value, memory_format=memory_format).copy_(value)

@@ -18,6 +18,8 @@ SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 OVER_DENSE = 1.6
 # Above this the cost model would have to be wrong by more than it ever was, and packing costs time and memory.
 HOPELESS = 2.0
+# Columns of a stem's weight at the most: 7 x 7 of three channels have 147.
+_STEM_COLUMNS = 160
 
 
 def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
@@ -34,7 +36,8 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
             if key not in known:
                 known[key] = _regroup(site, weight, target, ctx)
             estimate = OVER_DENSE * known[key].cost(target) / known[key].dense_cost
-            support = _expectation(known[key], estimate, depthwise=_is_depthwise(weight, site.groups))
+            joins = _is_depthwise(weight, site.groups) or _is_stem(weight, site.groups)
+            support = _expectation(known[key], estimate, joins=joins)
             sites.update(node, regrouping=known[key], estimate=estimate)
         sites.update(node, support=support, reason=support.reason)
     return finish(gm, ctx, {"weights regrouped": len(known)})
@@ -66,10 +69,18 @@ def _is_depthwise(weight: Tensor, groups: int) -> bool:
     return groups == weight.shape[0] > 1 and weight.shape[1] == 1 and weight.device.type == "cpu"
 
 
-def _expectation(regrouping: Regrouping, estimate: float, *, depthwise: bool) -> Support:
-    # A depthwise weight is small, with zeros or without, and packed it does not part the convolutions on both sides of
-    # it, which one call runs then. That is for calibration to measure.
-    if depthwise:
+def _is_stem(weight: Tensor, groups: int) -> bool:
+    """Tell whether a convolution has few columns, as one of images has, and where regions gain from it: on CUDA.
+
+    There its rows are read batch-innermost, where three channels are as good as any; dense kernels want them in eights.
+    """
+    return groups == 1 and weight[0].numel() <= _STEM_COLUMNS and weight.device.type == "cuda"
+
+
+def _expectation(regrouping: Regrouping, estimate: float, *, joins: bool) -> Support:
+    # Depthwise weights and those of stems are small, with zeros or without, and packed they do not part or delay the
+    # convolutions around them, which one call runs then. That is for calibration to measure.
+    if joins:
         return Support(True)
     if regrouping.kept == regrouping.dense_cost:
         return Support.no("no zeros in the weight")

@@ -157,6 +157,20 @@ def test_one_channel_in_a_group(options: dict, channels: int) -> None:
             resized(case, size, batch).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_depthwise_planes_of_every_width(kernel: int, stride: int, dtype: torch.dtype) -> None:
+    case = Case(
+        **{"in_channels": 3, "out_channels": 6, "groups": 3, "kernel": (kernel, kernel), "stride": (stride, stride)},
+        **{"mask": "mixed", "activation": "relu6", "dtype": dtype, "padding": (kernel // 2,) * 4},
+    )
+    for width, padding in itertools.product(range(1, 36), ((kernel // 2,) * 4, (1, 2, 0, kernel - 1), (0, 0, 4, 1))):
+        case.padding, case.add = padding, width % 2 == 0
+        if min(width + padding[2] + padding[3], 6) >= kernel:
+            resized(case, (6, width), 2).check()
+
+
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize(("channels", "groups", "mask"), [(33, 33, "full"), (33, 33, "mixed"), (24, 6, "blocks")])
 def test_every_padding_mode_of_groups(mode: str, channels: int, groups: int, mask: str) -> None:

@@ -24,12 +24,16 @@ struct Call {
     return image(tensors.input, conv.shape.channels, conv.shape.height * conv.shape.width, n);
   }
   char *buffer(int64_t worker) const { return working + conv.at_buffers + worker * conv.worker_buffer_bytes; }
+  const void *result(const void *tensor, int64_t n) const {
+    return image(tensor, conv.shape.out_channels, conv.shape.out_height * conv.shape.out_width, n);
+  }
   void run(const Unit &unit, Band band, int64_t images, int64_t n, const void *cells, int64_t worker) const {
-    const int64_t plane = conv.shape.out_height * conv.shape.out_width;
-    conv.kernels->run(conv, unit, band, images, cells,
-                      const_cast<void *>(image(tensors.output, conv.shape.out_channels, plane, n)),
-                      image(tensors.add, conv.shape.out_channels, plane, n),
-                      working + conv.at_results + worker * conv.worker_result_bytes);
+    conv.kernels->run(conv, unit, band, images, cells, const_cast<void *>(result(tensors.output, n)),
+                      result(tensors.add, n), working + conv.at_results + worker * conv.worker_result_bytes);
+  }
+  void run_direct(const Unit &unit, int64_t n) const {
+    conv.kernels->depthwise(conv, unit, input(n), const_cast<void *>(result(tensors.output, n)),
+                            result(tensors.add, n));
   }
 };
 
@@ -38,8 +42,9 @@ void fill_tables(Conv &c, char *memory) {
   const int64_t slot = c.group_images * c.plane;
   for (int64_t r = 0; r < c.shape.kernel[0]; ++r)
     for (int64_t s = 0; s < c.shape.kernel[1]; ++s)
-      *taps++ = uint32_t((r % c.y.period * c.x.slots + s % c.x.period) * slot +
-                         r * c.y.dilation / c.y.stride * c.x.cells + s * c.x.dilation / c.x.stride);
+      *taps++ = c.direct ? uint32_t(r * c.shape.kernel[1] + s)
+                         : uint32_t((r % c.y.period * c.x.slots + s % c.x.period) * slot +
+                                    r * c.y.dilation / c.y.stride * c.x.cells + s * c.x.dilation / c.x.stride);
   auto *cells = reinterpret_cast<int64_t *>(memory + c.at_rows);
   int64_t *outputs = cells + c.group_images * c.out_height;
   c.row_cell = cells;
@@ -69,7 +74,7 @@ void find_units(Conv &c, int64_t num_panels, char *memory) {
       ++panels;
     }
     int64_t unit_cost = panels * (panel[kColumnCount] * kColumnCost + kStoreCost);
-    if (c.has_residual)
+    if (c.has_residual && !c.direct) // whose units are alike, and whose rows are much to read
       for (int64_t lane = p * kPanelLanes; lane < (p + panels) * kPanelLanes; ++lane)
         unit_cost += c.rows[lane * kRowFields + kResidualCount] * kResidualCost;
     units[c.num_units] = {p, panels};
@@ -141,6 +146,10 @@ void run_by_group(const Call &call, int64_t worker) {
     const int64_t *middle = std::lower_bound(c.unit_middles, end, first - n * c.cost);
     for (; middle < end && *middle + n * c.cost < last; ++middle) {
       const Unit &unit = c.units[middle - c.unit_middles];
+      if (c.direct) {
+        call.run_direct(unit, n);
+        continue;
+      }
       const int64_t channel = c.panels[unit.first_panel * kPanelFields + kFirstChannel];
       if (channel < gathered || channel >= end_gathered) {
         gathered = channel;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/decode_columns.h"
+#include "cpu/depthwise_kernel.h"
 #include "cpu/gather_input.h"
 #include "cpu/pool_kernel.h"
 #include "cpu/run_unit.h"
@@ -24,6 +25,10 @@ template <class T> constexpr KernelSet make_kernel_set() {
   if constexpr (sizeof(T) == 2)
     set.widen = widen_values<T>;
   set.run = run_unit<T, A>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(A))
+    set.depthwise = run_depthwise<A>;
+#endif
   set.max_pool = max_pool<T, A>;
   set.add_activate = add_activate<T, A>;
   return set;

@@ -107,18 +107,25 @@ bool plan_windows(const ConvShape &s, int64_t threads, Conv &c) {
   return true;
 }
 
+bool has_depthwise_kernel(const ConvShape &s) {
+  const int64_t size = s.kernel[0], stride = s.stride[0];
+  return (size == 3 || size == 5) && s.kernel[1] == size && (stride == 1 || stride == 2) && s.stride[1] == stride &&
+         s.dilation[0] == 1 && s.dilation[1] == 1 && s.mode == PaddingMode::kZeros;
+}
+
 // Grouped convolutions, depthwise ones above all: the channels of one group stay in L1 or L2 from the gather to the
 // last of their units.
 bool plan_by_group(const ConvShape &s, int64_t threads, Conv &c) {
-  const int64_t channels = s.weight_columns / (s.kernel[0] * s.kernel[1]);
+  const int64_t taps = s.kernel[0] * s.kernel[1], channels = s.weight_columns / taps;
+  c.direct = channels == 1 && has_depthwise_kernel(s) && c.kernels->depthwise != nullptr;
   const int64_t bytes = channels * c.y.slots * c.x.slots * c.plane * accumulator_bytes(s.dtype);
-  if (channels == s.channels || c.in_place || bytes > kGroupBytes)
+  if (!c.direct && (channels == s.channels || c.in_place || bytes > kGroupBytes))
     return false;
   c.schedule = Schedule::kByGroup;
   c.windows = 1;
   c.workers = threads;
   c.group_images = 1;
-  c.gathered_channels = channels * std::clamp<int64_t>(kGatherBytes / bytes, 1, s.channels / channels);
+  c.gathered_channels = c.direct ? 0 : channels * std::clamp<int64_t>(kGatherBytes / bytes, 1, s.channels / channels);
   return true;
 }
 
@@ -144,6 +151,9 @@ int64_t band_cells(const Conv &c, int64_t tiles) {
 }
 
 void plan_bands(const ConvShape &s, Conv &c) {
+  c.bands = 1;
+  if (c.direct)
+    return;
   c.channel_stride = c.y.slots * c.x.slots * c.group_images * c.plane;
   const int64_t slack = c.y.spill * c.x.cells + c.x.spill + 2 * kPanelLanes;
   c.buffer_elements = c.in_place ? 0 : c.gathered_channels * c.channel_stride + slack;

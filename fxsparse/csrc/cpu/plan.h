@@ -42,6 +42,7 @@ struct Conv {
   // Canonical input of a group of images: [channel][slot y][slot x][image][row][cell].
   Axis y, x;
   bool in_place; // the input is read where it lies: one row of height * width cells per image
+  bool direct;   // by the depthwise kernel, which needs no canonical input: `offsets` are taps
   int64_t group_images, gathered_channels, plane, channel_stride, buffer_elements;
   // Tiles: the valid rows of a group (group_images * out_height) in blocks of at most tile_height, each row in
   // `pieces` of at most the kernel set's positions.
@@ -67,6 +68,9 @@ struct Conv {
   const void *values; // in the type of the accumulators
   const void *bias;
 };
+
+// The depthwise kernel takes kernels of 3 x 3 and 5 x 5.
+constexpr int64_t kMostTaps = 25;
 
 // The kernels look so many columns ahead.
 constexpr int64_t kColumnsAhead = 4;
@@ -94,6 +98,8 @@ struct KernelSet {
   // at the group's first image.
   void (*run)(const Conv &conv, const Unit &unit, Band band, int64_t images, const void *cells, void *output,
               const void *add, void *results);
+  // One unit of a direct convolution on one image; null where masked loads are slow, or T is not A.
+  void (*depthwise)(const Conv &conv, const Unit &unit, const void *input, void *output, const void *add);
   // `scratch` has place for shape.row_elements of A.
   void (*max_pool)(const PoolShape &shape, const void *input, void *output, int64_t planes, void *scratch);
   // output = activation(a + b) for `count` elements of T; `b` may be null.

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/team.h"
+#include "memory_plan.h"
 
 namespace fxsparse {
 namespace {
@@ -51,11 +52,6 @@ void choose_images(Region &r) {
   }
 }
 
-// Where a value is kept: from the step that first writes it until the last one that reads it.
-struct Life {
-  int64_t first, last, at, bytes;
-};
-
 // The value that a step may write its result over: one that it alone reads then, position by position; or -1.
 int64_t overwritten(const Region &r, const RegionStep &step) {
   const int64_t value = step.kind == StepKind::kAdd && step.add < 0 ? step.input : step.add;
@@ -89,24 +85,11 @@ void place_values(Region &r) {
       continue;
     place[v] = place[over];
     lives[place[v]].last = last;
+    lives[v].bytes = 0;
   }
-  std::vector<Life> placed;
-  for (int64_t v = 0; v < count; ++v) {
-    if (place[v] == v && lives[v].bytes > 0) {
-      Life &life = lives[v];
-      std::vector<Life> beside;
-      for (const Life &other : placed)
-        if (other.first <= life.last && life.first <= other.last)
-          beside.push_back(other);
-      std::sort(beside.begin(), beside.end(), [](const Life &a, const Life &b) { return a.at < b.at; });
-      for (const Life &other : beside)
-        if (life.at + life.bytes > other.at)
-          life.at = std::max(life.at, other.at + other.bytes);
-      r.arena_bytes = std::max(r.arena_bytes, life.at + life.bytes);
-      placed.push_back(life);
-    }
+  r.arena_bytes = place_lives(lives);
+  for (int64_t v = 0; v < count; ++v)
     r.values[v].at = lives[place[v]].at;
-  }
 }
 
 // Plans a step for every number of images that it will be given; false if an image is too large.

@@ -1,0 +1,135 @@
+"""`conv2d_batch_inner`: a sparse convolution between images that are stored batch-innermost.
+
+A tensor [N, C, H, W] is *batch_inner* if it lies in memory as [H][W][C][Np], Np = N rounded up to a multiple of 8,
+from a 16-byte boundary on: strides (1, Np, W·C·Np, C·Np). Then every weight column of a convolution meets runs of at
+least 16 bytes, whatever the columns are. What lanes N to Np - 1 hold is of no consequence.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxsparse.ops import reference
+
+LANES = 8
+# Of the tiled form (`ops/tiles.py`): what columns are padded to, and where a column's word has its row and column.
+COLUMN_STEP = 64
+ROW_SHIFT, TAP_SHIFT = 27, 23
+_ALIGNMENT = 16
+
+
+def padded_batch(batch: int) -> int:
+    """Return Np."""
+    return -(-batch // LANES) * LANES
+
+
+def strides(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return the strides of a batch_inner tensor [N, C, H, W]."""
+    batch, channels, _, width = shape
+    lanes = padded_batch(batch)
+    return 1, lanes, width * channels * lanes, channels * lanes
+
+
+def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a new batch_inner tensor [N, C, H, W] of the dtype and device of another."""
+    batch, channels, height, width = shape
+    storage = like.new_empty((height, width, channels, padded_batch(batch)))
+    return storage.narrow(3, 0, batch).permute(3, 2, 0, 1)
+
+
+def is_batch_inner(tensor: Tensor) -> bool:
+    """Tell whether a tensor [N, C, H, W] is batch_inner, the lanes behind the batch included."""
+    expected = strides(tuple(tensor.shape))
+    if any(n > 1 and s != e for n, s, e in zip(tensor.shape, tensor.stride(), expected, strict=True)):
+        return False
+    batch, *rest = tensor.shape
+    first = tensor.storage_offset()
+    there = tensor.untyped_storage().nbytes() // tensor.element_size()
+    aligned = tensor.data_ptr() % _ALIGNMENT == 0
+    return aligned and first + math.prod(rest) * padded_batch(batch) <= there
+
+
+def to_batch_inner(tensor: Tensor) -> Tensor:
+    """Return the tensor [N, C, H, W] itself if it is batch_inner, else a copy that is."""
+    return tensor if is_batch_inner(tensor) else empty(tensor, tuple(tensor.shape)).copy_(tensor)
+
+
+def conv2d_batch_inner(
+    input: Tensor,
+    tile_values: Tensor,
+    tile_columns: Tensor,
+    tiles: Tensor,
+    tile_rows: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str = "none",
+    add: Tensor | None = None,
+    kernel: str = "auto",
+    overlap: bool = True,
+) -> Tensor:
+    """Compute `activation(conv2d(input, weight, bias) + add)` in plain torch; the result is batch_inner.
+
+    `kernel` and `overlap` choose among CUDA kernels: nothing here.
+    """
+    weight = untile(tile_values, tile_columns, tiles, tile_rows, weight_shape, groups)
+    accumulate = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
+    padded = reference.pad(input, padding, "zeros").to(accumulate)
+    wide_bias = None if bias is None else bias.to(accumulate)
+    out = F.conv2d(padded, weight.to(accumulate), wide_bias, stride, 0, dilation, groups)
+    if add is not None:
+        out = out + add
+    return to_batch_inner(reference.ACTIVATIONS[activation](out).to(input.dtype))
+
+
+def untile(
+    tile_values: Tensor, tile_columns: Tensor, tiles: Tensor, tile_rows: Tensor, weight_shape: list[int], groups: int
+) -> Tensor:
+    """Return the dense weight (O, C / groups, kh, kw) of a tiled one."""
+    out_channels, group_channels, height, width = weight_shape
+    lanes = len(tile_rows) // max(len(tiles), 1)
+    dense = tile_values.new_zeros(out_channels, groups * group_channels, height, width)
+    for t, (first_column, count, first_value, _) in enumerate(tiles.tolist()):
+        words = tile_columns[first_column : first_column + count].long()
+        rows = tile_rows[t * lanes : (t + 1) * lanes].long()
+        size = -(-max(count, 1) // COLUMN_STEP) * COLUMN_STEP * lanes
+        values = tile_values[first_value : first_value + size]
+        if tile_values.dtype in (torch.bfloat16, torch.float16):
+            values = values.reshape(-1, lanes, 8).swapaxes(1, 2)
+        matrix = values.reshape(-1, lanes)[:count].T
+        real = rows >= 0
+        r, s, c = words >> ROW_SHIFT, words >> TAP_SHIFT & 15, words & (1 << TAP_SHIFT) - 1
+        dense[rows[real, None], c, r, s] = matrix[real]
+    if groups == 1:
+        return dense
+    # A tile may have rows of several groups: it holds zeros where a row does not see a channel.
+    grouped = dense.reshape(groups, out_channels // groups, groups, group_channels, height, width)
+    return torch.stack([grouped[g, :, g] for g in range(groups)]).reshape(weight_shape)
+
+
+def cast_tiles(tile_values: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
+    """Return tiled values in another dtype: 16-bit ones lie [K / 8][lanes][8 columns], others [K][lanes]."""
+    eights = (torch.bfloat16, torch.float16)
+    if (tile_values.dtype in eights) == (dtype in eights):
+        return tile_values.to(dtype)
+    order = (-1, lanes, 8) if tile_values.dtype in eights else (-1, 8, lanes)
+    return tile_values.to(dtype).reshape(order).swapaxes(1, 2).reshape(-1)
+
+
+def output_shape(
+    input: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> tuple[int, int, int, int]:
+    """Return (N, O, Ho, Wo)."""
+    sizes = []
+    for axis in (0, 1):
+        reach = dilation[axis] * (weight_shape[2 + axis] - 1) + 1
+        padded = input.shape[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
+        sizes.append((padded - reach) // stride[axis] + 1)
+    return input.shape[0], weight_shape[0], sizes[0], sizes[1]

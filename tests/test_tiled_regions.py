@@ -1,0 +1,206 @@
+"""Regions on tiled weights, as on CUDA: by the operator's reference on the CPU, and what keeps the tiles up to date."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import random_masks
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse import tiled_weights
+from fxsparse.epilogues import fused
+from fxsparse.graph_module import ConvertedModule
+from fxsparse.layouts import place
+from fxsparse.ops import tile_cache
+from fxsparse.plan import Move
+from fxsparse.regions import find
+
+pytestmark = pytest.mark.skipif(
+    fxsparse.capabilities().cpu == "reference", reason="the compiled operators are not built"
+)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_weights, "DEVICES", ("cpu",))
+
+
+class Net(nn.Module):
+    """A stem that stays dense, a pooling, a residual block, and a mean of planes."""
+
+    def __init__(self, forward: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.a = nn.Conv2d(8, 40, 3, padding=1)
+        self.b = nn.Conv2d(40, 40, 3, padding=1)
+        self.short = nn.Conv2d(8, 40, 1)
+        self.mean = nn.AdaptiveAvgPool2d(1)
+        self.relu = nn.ReLU(inplace=True)
+        self.step = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.step is not None:
+            return self.step(self, x)
+        x = self.pool(self.relu(self.stem(x)))
+        return self.mean(self.relu(self.b(self.relu(self.a(x))) + self.short(x))).flatten(1)
+
+
+def converted(
+    forward: Callable[..., Tensor] | None = None, batch: int = 9, model: nn.Module | None = None
+) -> tuple[ConvertedModule, Tensor]:
+    """Return a model with a dense stem, the rest forced on the sparse paths, that knows its shapes."""
+    model = Net(forward).eval() if model is None else model
+    x = torch.randn(batch, 3, 12, 12)
+    masks = {name: mask for name, mask in random_masks(model, 0.2).items() if name != "stem"}
+    settings = fxsparse.Settings(calibrate=False)
+    fast = fxsparse.convert(model, masks, example_inputs=(x,), settings=settings)
+    fxsparse.set_mode(fast, "sparse")
+    assert isinstance(fast, ConvertedModule)
+    return fast, x
+
+
+def steps(fast: ConvertedModule) -> list[list[str]]:
+    """Return the names of each region's nodes."""
+    return [[node.name for node in group.nodes] for group in find(fast, fused(fast))]
+
+
+def close(fast: ConvertedModule, x: Tensor, other: nn.Module | None = None) -> bool:
+    """Tell whether a model computes what its dense form, or another model, does."""
+    dense = fxsparse.to_dense(fast) if other is None else other
+    with torch.no_grad():
+        return torch.allclose(fast(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+def test_one_region_from_the_pooled_stem_to_the_mean() -> None:
+    fast, x = converted()
+    (names,) = steps(fast)
+    assert names[:2] == ["relu", "pool"] and names[-1] == "mean" and len(names) == 6
+    assert fast.code.count("torch.ops.fxsparse.region_batch_inner") == 1
+    assert "weight_values" not in fast.code and "weight_tile_values" in fast.code
+    assert close(fast, x)
+
+
+def test_small_batches_and_other_paddings_stay_as_they_were() -> None:
+    fast, x = converted(batch=7)
+    assert "region_batch_inner" not in fast.code and close(fast, x)
+    model = Net().eval()
+    model.a.padding_mode = "reflect"
+    fast, x = converted(model=model)
+    assert not any("a" in names for names in steps(fast)) and close(fast, x)
+
+
+def test_one_convolution_is_a_region_of_its_own() -> None:
+    fast, x = converted(lambda m, x: torch.tanh(m.a(torch.tanh(m.stem(x)))))
+    assert [len(names) for names in steps(fast)] == [1]
+    assert close(fast, x)
+
+
+def test_an_activation_that_falls_is_not_pooled_late() -> None:
+    fast, x = converted(lambda m, x: m.b(F.relu(m.a(m.pool(F.silu(m.stem(x)))))))
+    assert "silu" not in {name for names in steps(fast) for name in names}
+    assert close(fast, x)
+
+
+def test_an_input_that_is_written_is_not_taken_where_others_read_it() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        value = m.stem(x)
+        return m.b(F.relu(m.a(m.pool(m.relu(value))))).flatten(1).sum(1) + value.flatten(1).sum(1)
+
+    fast, x = converted(forward)
+    assert not any("relu" in names[:1] for names in steps(fast))
+    assert close(fast, x)
+
+
+def test_a_result_that_is_moved_leaves_in_that_layout() -> None:
+    fast, x = converted(lambda m, x: torch.tanh(m.a(m.stem(x))))
+    (node,) = [node for node in fast.graph.nodes if node.name.startswith("tanh")]
+    assert place(fast, [Move("", str(node.args[0]), "channels_last", (node.name,))]) == []
+    fast.recompile()
+    assert "[1], [1])" in fast.code  # its number among the region's values, and again: it leaves as channels_last
+    with torch.no_grad():
+        assert fast(x).is_contiguous(memory_format=torch.channels_last)
+    assert close(fast, x)
+
+
+def test_it_exports_and_compiles() -> None:
+    fast, x = converted()
+    with torch.no_grad():
+        wanted = fast(x)
+        exported = torch.export.export(fast, (x,), strict=False).module()
+        assert torch.equal(exported(x), wanted)
+        assert torch.equal(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), wanted)
+
+
+def test_tiles_are_not_saved_nor_part_of_the_state(tmp_path: object) -> None:
+    fast, x = converted()
+    assert any("tile" in name for name, _ in fast.named_buffers())
+    assert not any("tile" in name for name in fast.state_dict())
+    fxsparse.save(fast, f"{tmp_path}/model.fxs")
+    loaded = fxsparse.load(f"{tmp_path}/model.fxs")
+    assert "region_batch_inner" in loaded.code and close(fast, x, loaded)
+
+
+def test_weights_that_are_loaded_or_trained_reach_the_tiles() -> None:
+    fast, x = converted()
+    state = {name: 2 * t if t.is_floating_point() else t for name, t in fast.state_dict().items()}
+    fast.load_state_dict(state)
+    assert close(fast, x)
+    fast.load_state_dict({name: t / 2 if t.is_floating_point() else t for name, t in state.items()}, assign=True)
+    assert close(fast, x)
+    fast.train()
+    with torch.no_grad():
+        fast.get_parameter("a.weight").mul_(3)
+    fast.eval()
+    assert "region_batch_inner" in fast.code and close(fast, x)
+
+
+def test_copies_and_casts_have_tiles_of_their_own() -> None:
+    fast, x = converted()
+    dense = fxsparse.to_dense(fast)
+    other = copy.deepcopy(fast)
+    with torch.no_grad():
+        fast.get_parameter("a.weight").zero_()
+    fxsparse.set_mode(fast, "training")
+    fxsparse.set_mode(fast, "sparse")
+    assert close(fast, x) and close(other, x, dense)
+    half = copy.deepcopy(other).bfloat16()
+    assert half.get_buffer("a.weight_tile_values").dtype == torch.bfloat16
+    with torch.no_grad():
+        assert (half(x.bfloat16()) - dense(x)).norm() < 0.02 * dense(x).norm()
+    assert close(half.float(), x)
+    assert not any("tile" in name for name, _ in other.double().named_buffers())
+
+
+def test_freezing_keeps_what_it_computes() -> None:
+    fast, x = converted()
+    with torch.no_grad():
+        wanted = fast(x)
+        assert torch.equal(fxsparse.freeze(fast)(x), wanted)
+
+
+def test_copies_that_share_packed_weights_share_tiles() -> None:
+    fast, _ = converted()
+    other = copy.copy(fast)
+    names = ("a.weight_tile_values", "a.weight_tile_columns")
+    assert all(other.get_buffer(name) is fast.get_buffer(name) for name in names)
+
+
+def test_changed_values_are_seen_when_code_is_generated_again() -> None:
+    fast, x = converted()
+    with torch.no_grad():
+        fast.get_parameter("b.weight").mul_(0.5)
+        fast.get_buffer("b.weight_values").mul_(0.5)
+    fast.recompile()
+    assert close(fast, x)
+    values = fast.get_buffer("b.weight_values")
+    with torch.no_grad():
+        values.mul_(2)
+        fast.get_parameter("b.weight").mul_(2)
+    tile_cache.refresh(values)
+    assert close(fast, x)
