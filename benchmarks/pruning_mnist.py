@@ -3,7 +3,7 @@
 Iterative magnitude pruning (30 % of the remaining weights a round, rewinding to the end of epoch 1) gives the masks of
 single weights; refill and the paper's regroup (Mt-KaHyPar, columns by count) remake them and train again from the same
 weights. Ours are group-column masks at fixed shares of the multiply-adds: with training in rounds, rewinding or going
-on; without any training; and trained once after that ("fitted"). The stem is left alone by all.
+on; and without any training. The stem is left alone by all.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fxsparse.demo.data import Images
 from fxsparse.demo.train import accuracy, logits_of, train
 from fxsparse.inputs import ExampleInputs
 from fxsparse.pruning.costs import count
+from fxsparse.pruning.group_columns import GroupColumns
 from fxsparse.pruning.layers import conv_layers
-from fxsparse.pruning.pruner import GroupColumns
 from fxsparse.pruning.strips import row_groups
 
 EPOCHS, REWIND = 8, 1
@@ -36,7 +36,7 @@ IMP_LEVELS = (4, 6, 8, 10, 11, 12)  # rounds whose masks are remade
 SHARES = (0.30, 0.19, 0.126, 0.087, 0.059)  # of the multiply-adds
 FIRST_SHARE = 0.55
 BATCHES = (64, 1)
-METHODS = ("imp", "refill", "paper", "ours", "ours, no rewind", "ours, no training", "ours, fitted")
+METHODS = ("imp", "refill", "paper", "ours", "ours, no rewind", "ours, no training")
 
 
 class Experiment:
@@ -93,9 +93,9 @@ class Experiment:
             if method in methods and not self.cells.has(self.name(method, SHARES[-1])) and not self.cells.is_over:
                 self.ours(method, rewind)
         for share in SHARES:
-            for method in ("ours, no training", "ours, fitted"):
-                if method in methods and not self.cells.has(self.name(method, share)) and not self.cells.is_over:
-                    self.without_training(method, share)
+            method = "ours, no training"
+            if method in methods and not self.cells.has(self.name(method, share)) and not self.cells.is_over:
+                self.without_training(method, share)
 
     def imp(self, methods: tuple[str, ...]) -> None:
         if not self.cells.has(self.name("imp", IMP_ROUNDS)) and not self.cells.is_over:
@@ -153,9 +153,6 @@ class Experiment:
         settings = fxsparse.PruneSettings(cost="macs", samples=len(data), exclude=(nets.stem(self.net),))
         pruned = fxsparse.prune(model, (share * total + costs.rest) / costs.total, data, settings=settings)
         masks = {n: torch.ones_like(c.weight, dtype=torch.bool) for n, c in self.layers.items()} | pruned.masks
-        if method == "ours, fitted":
-            with pruning.hold(pruned.model, masks):
-                fit(pruned.model, self.images, self.seed, range(REWIND, EPOCHS))
         self.add(method, share, pruned.model, masks)
 
 

@@ -152,7 +152,6 @@ _NAMES = {
     "ours": "ours, rewinding",
     "ours, no rewind": "ours, going on",
     "ours, no training": "ours, no training",
-    "ours, fitted": "ours, fitted and trained",
 }
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from fxsparse.pruning.holding import Held, hold
 from fxsparse.pruning.layers import kept_share, sparsity
 from fxsparse.pruning.magnitude import cubic_share, magnitude_masks, random_masks
-from fxsparse.pruning.pruner import PruneSettings, prune
+from fxsparse.pruning.pruner import prune
 from fxsparse.pruning.refill import refill
 from fxsparse.pruning.result import Pruned, PruneReport
 from fxsparse.pruning.rounds import Round, Rounds
 from fxsparse.pruning.rules import Gradual, Magnitude, Random, Refill, Regroup
+from fxsparse.pruning.settings import PruneSettings
 from fxsparse.pruning.torch_masks import from_torch, make_permanent, to_torch
 
 __all__ = [

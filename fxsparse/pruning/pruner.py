@@ -18,65 +18,19 @@ from fxsparse.inputs import ExampleInputs
 from fxsparse.masks import bake
 from fxsparse.pruning import costs as pricing
 from fxsparse.pruning import ranks, refit
-from fxsparse.pruning.fitting import RIDGE
+from fxsparse.pruning.group_columns import GroupColumns, mask_tensor
 from fxsparse.pruning.layers import Masks, conv_layers, kept_share
 from fxsparse.pruning.refill import run as call
 from fxsparse.pruning.result import LayerRow, Pruned, PruneReport
 from fxsparse.pruning.rounds import Round, Rounds
-from fxsparse.pruning.strips import PARTITIONERS, LayerCost, Strips, choose, mask_of, row_groups
+from fxsparse.pruning.settings import PruneSettings, read_budget
+from fxsparse.pruning.strips import LayerCost, Strips, choose, mask_of, row_groups
 from fxsparse.regrouping.weight_matrix import BoolArray, FloatArray, IntArray
 
 _FEWEST_ROWS = 8  # rows of a convolution group: below, the lanes of a block stay empty and nothing is gained
 _NARROW = 96  # rows from which on a group has 32 of them
 _CORRECTIONS = 3  # trials of masks against a budget in milliseconds
 _NEAR = 0.03  # how near to the budget such a trial must come
-
-
-@dataclasses.dataclass(frozen=True)
-class PruneSettings:
-    """The choices of `fxsparse.prune` that seldom matter.
-
-    Attributes:
-        include, exclude: names of the convolutions to prune: exact, glob or `re:` pattern.
-        cost: "measured" prices layers by calibration on this device, "macs" by multiply-adds.
-        group_rows: rows of a row group; None takes 32, and 16 for layers of less than 96 rows.
-        partitioner: "consecutive" rows, or "clustering" (balanced k-means).
-        samples: inputs of `data` that are used without training.
-        rounds: with training, how often is pruned, in geometric steps; None takes one for each halving.
-        rewind: with training, whether each round starts from the weights that the model came with.
-        ridge: without training, the share of the mean input energy that draws weights to their old values.
-        calibrate_s: seconds of each calibration; None as in `fxsparse.calibrate`.
-        seed: of clustering and sampling.
-        progress: show progress bars.
-    """
-
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    cost: str = "measured"
-    group_rows: int | None = None
-    partitioner: str = "consecutive"
-    samples: int = 256
-    rounds: int | None = None
-    rewind: bool = False
-    ridge: float = RIDGE
-    calibrate_s: float | None = None
-    seed: int = 0
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.cost not in pricing.SOURCES:
-            raise FxsparseError(f"cost='{self.cost}' is not known. Choose one of {', '.join(pricing.SOURCES)}.")
-        if self.partitioner not in PARTITIONERS:
-            raise FxsparseError(
-                f"partitioner='{self.partitioner}' is not known. Choose one of {', '.join(PARTITIONERS)}."
-            )
-        for name in ("group_rows", "samples", "rounds"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise FxsparseError(f"{name}={value!r} is no number. Give an integer of at least 1.")
-        if not 0 < self.ridge < 1:
-            raise FxsparseError(f"ridge={self.ridge} is outside (0, 1). It is a share: 0.01 is usual.")
 
 
 def prune(
@@ -167,8 +121,9 @@ class _Pruner:
         budget = self._budget(costs)
         strips = {name: Strips.of(energy[name], labels[name], costs.layers[name]) for name in self.layers}
         allowed, measured = self._calibrated(strips, budget, costs)
+        chosen = choose(strips, allowed)  # refuses what cannot be kept, before any training
         if self.train is None:
-            masks = self._without_training(strips, choose(strips, allowed))
+            masks = self._without_training(strips, chosen)
         else:
             masks = self._with_training(labels, costs, allowed)
         return Pruned(self.model.eval(), masks, self._report(masks, costs, budget, measured))
@@ -241,7 +196,7 @@ class _Pruner:
 
         def trial(limit: float) -> float:
             chosen = choose(strips, limit)
-            masks = {n: _tensor(mask_of(strips[n], chosen[n], c.weight.shape), c) for n, c in self.layers.items()}
+            masks = {n: mask_tensor(mask_of(strips[n], chosen[n], c.weight.shape), c) for n, c in self.layers.items()}
             return pricing.model_ms(self.model, masks, self.inputs, self.settings.calibrate_s)
 
         least = sum(s.cost.of(float(s.sizes.sum()), s.size) for s in strips.values()) * (1 + 1e-9)
@@ -328,54 +283,6 @@ class _Pruner:
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class GroupColumns:
-    """The rule of `fxsparse.prune` with training: strips of |w|^2 up to a budget that shrinks from round to round.
-
-    Attributes:
-        labels: by layer, the row group of every row.
-        costs: by layer.
-        budgets: of each round.
-    """
-
-    labels: Mapping[str, IntArray]
-    costs: Mapping[str, LayerCost]
-    budgets: tuple[float, ...]
-
-    def __repr__(self) -> str:
-        """Show what a checkpoint must agree on: measured prices differ from run to run, and come from the masks."""
-        return f"GroupColumns({len(self.labels)} layers, {len(self.budgets)} rounds)"
-
-    def masks(self, model: nn.Module, masks: Masks, number: int) -> Masks:
-        """Return the masks of a round."""
-        strips = {}
-        for name, labels in self.labels.items():
-            weight = model.get_submodule(name).get_parameter("weight")
-            energy = refit.as_numpy((weight * masks[name]).flatten(1)) ** 2
-            strips[name] = Strips.of(energy, labels, self.costs[name])
-        chosen = choose(strips, self.budgets[number - 1])
-        modules = dict(model.named_modules())
-        found = {n: _tensor(mask_of(strips[n], chosen[n], masks[n].shape), modules[n]) & masks[n] for n in strips}
-        return dict(masks) | found
-
-
-def read_budget(budget: Any) -> tuple[float | None, float | None]:
-    """Read a budget: (share, None) or (None, milliseconds).
-
-    Raises:
-        FxsparseError: it is neither.
-    """
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*ms\s*", budget)
-        if match and float(match[1]) > 0:
-            return None, float(match[1])
-    elif isinstance(budget, (int, float)) and not isinstance(budget, bool) and 0 < budget < 1:
-        return float(budget), None
-    raise FxsparseError(
-        f"budget={budget!r} is none. Give a share of the dense time, as 0.3, or milliseconds, as '2.5 ms'."
-    )
-
-
 def _why_dense(conv: nn.Conv2d) -> str:
     each = conv.out_channels // conv.groups
     if each < _FEWEST_ROWS:
@@ -398,7 +305,3 @@ def _batch(data: Any, samples: int) -> Any:
     if not count:
         raise FxsparseError("data holds no input. Give some hundred.")
     return refit.first(refit.concatenated(taken), samples)
-
-
-def _tensor(mask: BoolArray, module: nn.Module) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(mask)).to(module.get_parameter("weight").device)

@@ -318,6 +318,14 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], says: str)
     assert says in str(error.value)
 
 
+def test_a_budget_that_cannot_be_kept_is_refused_before_any_training() -> None:
+    def train(model: nn.Module, step: pruning.Round) -> None:
+        raise AssertionError("nothing may be trained")
+
+    with pytest.raises(FxsparseError, match="the least that they take is"):
+        fxsparse.prune(net(), 1e-6, images(2)[0], train=train, settings=MACS)
+
+
 def test_early_and_file_want_training() -> None:
     with pytest.raises(FxsparseError, match="early and file are for pruning with training"):
         fxsparse.prune(net(), 0.5, images(2)[0], file="run.safetensors")
