@@ -19,6 +19,7 @@ COMMANDS = {
     "face": "a face detector that was really pruned, converted without loss",
     "lth": "a VGG-16 lottery ticket in the paper's own blocks",
     "layers": "single convolutions, regrouped and unstructured, against the best dense kernel",
+    "pruning": "accuracy against measured speed: MNIST, FFDNet, EfficientNet-Lite0",
     "sizes": "bytes on disk: dense, converted and frozen",
     "networks": "whole networks: dense, step by step, and with epilogues and regions",
     "cpu": "pruned networks against the best dense engines of the CPU: eager, compiled, onnxruntime, OpenVINO",

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from fxsparse.modes import set_mode as set_mode
     from fxsparse.ops.library import capabilities as capabilities
     from fxsparse.plan import Plan as Plan
+    from fxsparse.pruning import Pruned as Pruned
+    from fxsparse.pruning import PruneSettings as PruneSettings
+    from fxsparse.pruning import prune as prune
     from fxsparse.regrouping import Regrouping as Regrouping
     from fxsparse.regrouping import Target as Target
     from fxsparse.regrouping import regroup as regroup
@@ -42,6 +45,8 @@ _PUBLIC = {
     "FxsparseError": "fxsparse.errors",
     "Mode": "fxsparse.modes",
     "Plan": "fxsparse.plan",
+    "PruneSettings": "fxsparse.pruning",
+    "Pruned": "fxsparse.pruning",
     "Regrouping": "fxsparse.regrouping",
     "Report": "fxsparse.report",
     "Settings": "fxsparse.settings",
@@ -53,6 +58,7 @@ _PUBLIC = {
     "freeze": "fxsparse.freezing",
     "load": "fxsparse.saving",
     "load_weights": "fxsparse.saving",
+    "prune": "fxsparse.pruning",
     "regroup": "fxsparse.regrouping",
     "regroup_masks": "fxsparse.regrouping",
     "save": "fxsparse.saving",

@@ -1,4 +1,4 @@
-"""The command line: `fxsparse demo | convert | explain | calibrate | bench | info | env`."""
+"""The command line: `fxsparse demo | prune | convert | explain | calibrate | bench | info | env`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import traceback
 from collections.abc import Sequence
 
 import fxsparse
-from fxsparse.cli import bench, calibrate, convert, demo, env, explain, info, output
+from fxsparse.cli import bench, calibrate, convert, demo, env, explain, info, output, prune
 from fxsparse.errors import FxsparseError
 
-COMMANDS = (demo, convert, explain, calibrate, bench, info, env)
+COMMANDS = (demo, prune, convert, explain, calibrate, bench, info, env)
 
 _EPILOG = """\
 exit codes:

@@ -17,7 +17,7 @@ import fxsparse
 from fxsparse import cli
 from fxsparse.cli import env, explain
 
-COMMANDS = ("demo", "convert", "explain", "calibrate", "bench", "info", "env")
+COMMANDS = ("demo", "prune", "convert", "explain", "calibrate", "bench", "info", "env")
 
 
 def test_the_version_is_printed(run: Run) -> None:
