@@ -14,6 +14,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxsparse
+from benchmarks.engines import engine_arms
 from fxsparse.arms import channels_last, dense_arms, fold_batch_norm
 from fxsparse.arms import compiled as compiled_arm
 from fxsparse.inputs import ExampleInputs
@@ -114,7 +115,13 @@ def convert(model: nn.Module, masks: Any, x: Tensor, settings: fxsparse.Settings
 
 
 def compare(
-    dense: nn.Module, converted: Converted, x: Tensor, *, compiled: bool = False, budget_s: float = 5.0
+    dense: nn.Module,
+    converted: Converted,
+    x: Tensor,
+    *,
+    compiled: bool = False,
+    engines: bool = False,
+    budget_s: float = 5.0,
 ) -> Comparison:
     """Check the converted models and every dense arm against the masked dense model, then time them interleaved.
 
@@ -123,6 +130,7 @@ def compare(
         converted: what `convert` made of it.
         x: the input.
         compiled: also run both through torch.compile, with freezing.
+        engines: also run the dense model in onnxruntime and OpenVINO; one that is not there is named.
         budget_s: time for the measurement.
 
     Raises:
@@ -134,6 +142,10 @@ def compare(
     arms = dense_arms(folded, inputs)
     if compiled:
         arms["dense compiled"] = compiled_arm(folded, inputs)
+    if engines:
+        found, missing = engine_arms(folded, x, compiled=False)
+        arms |= {f"dense {name}": found[name] for name in ("onnxruntime", "openvino") if name in found}
+        print("\n".join(missing.values()))
     for name, module in converted.modules.items():
         arms[name] = partial(module, converted.inputs[name])
     if compiled:
@@ -146,7 +158,9 @@ def compare(
         if not agreement[name].ok:
             error = agreement[name].error
             raise RuntimeError(f"The arm '{name}' differs from the dense model by {error:.3g} (allowed {allowed:.3g}).")
-    return Comparison(interleaved(arms, x.device, budget_s=budget_s, max_rounds=101), agreement)
+    # An engine's threads spin for a while after a call, on the cores that the next arm wants.
+    settle = 1 if engines else 0
+    return Comparison(interleaved(arms, x.device, budget_s=budget_s, max_rounds=101, settle=settle), agreement)
 
 
 def budget_arguments(parser: Any) -> None:

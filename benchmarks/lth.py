@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     margin = fxsparse.Settings().margin
     parser.add_argument("--margin", type=float, default=margin, help="of the calibration")
+    parser.add_argument("--engines", action="store_true", help="add onnxruntime and OpenVINO (fxsparse[benchmarks])")
     budget_arguments(parser)
 
 
@@ -83,7 +84,9 @@ def measure(
     settings = fxsparse.Settings(margin=arguments.margin, cache=False)
     converted = convert(model, blocks, x, settings)
     print(f"\n{part}, batch {batch}\n{converted.report()}\n")
-    comparison = compare(model, converted, x, compiled=arguments.compile, budget_s=arguments.budget)
+    comparison = compare(
+        model, converted, x, compiled=arguments.compile, engines=arguments.engines, budget_s=arguments.budget
+    )
     print(comparison)
     return {"part": part, "batch": batch, "reports": converted.reports(), "comparison": comparison.to_dict()}
 
