@@ -23,7 +23,7 @@ from fxsparse.inputs import ExampleInputs
 SIDE = 224
 FIT = ("astronaut.png", "china.jpg", "coffee.png", "ihc.png", "rocket.jpg", "retina.jpg", *IMAGENET[:10])
 TEST = ("chelsea.png", "flower.jpg", "motorcycle_left.png", *IMAGENET[10:])
-BUDGETS = (0.9, 0.8, 0.7)
+BUDGETS = (0.8, 0.9, 0.7)
 FIT_VIEWS, TEST_VIEWS = 8, 12  # of each photo
 
 
