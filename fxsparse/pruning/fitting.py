@@ -10,11 +10,13 @@ Strips leave in rounds, a share of those that are left at a time, with the weigh
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 RIDGE = 1e-2
+_DOUBTS, _DOUBTS_WIDE = (0.0, 0.05, 0.2, 0.8, 3.2), (0.0, 0.2, 0.8)  # those that are tried
 _SHRINK, _SHRINK_WIDE = 0.75, 0.5  # area after a round over the area before it; of wide layers, to save time
 _WIDE = 1200
 
@@ -24,51 +26,72 @@ class Products:
     """Second moments of the inputs and the wanted outputs of a layer.
 
     Attributes:
-        inputs: float64 [groups, K, K], E[x x'], centred if the layer can add a constant.
+        inputs: float64 [groups, K, K], E[x x'], centred if the layer can add a constant; sums until `finish`.
         cross: float64 [groups, K, O / groups], E[x y'].
         mean_in: float64 [groups, K].
         mean_out: float64 [groups, O / groups].
+        count: positions that were added.
+        doubt: share of each input's own energy by which its weights are drawn to the dense ones, besides the ridge.
     """
 
     inputs: Tensor
     cross: Tensor
     mean_in: Tensor
     mean_out: Tensor
+    count: int = 0
+    doubt: float = 0.0
 
     @classmethod
     def zeros(cls, groups: int, columns: int, rows: int) -> Products:
         """Start sums."""
         shapes = ((groups, columns, columns), (groups, columns, rows), (groups, columns), (groups, rows))
-        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+        inputs, cross, mean_in, mean_out = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        return cls(inputs, cross, mean_in, mean_out)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add positions: x [groups, P, K], y [groups, P, O / groups]."""
+        x, y = x.contiguous(), y.contiguous()
         self.inputs += (x.transpose(1, 2) @ x).double().cpu()
         self.cross += (x.transpose(1, 2) @ y).double().cpu()
-        self.mean_in += x.double().sum(1).cpu()
-        self.mean_out += y.double().sum(1).cpu()
+        self.mean_in += x.sum(1).double().cpu()
+        self.mean_out += y.sum(1).double().cpu()
+        self.count += x.shape[1]
 
-    def finish(self, count: int, centred: bool) -> None:
-        """Turn the sums over `count` positions into means; take the means of x and y out if `centred`."""
-        for tensor in (self.inputs, self.cross, self.mean_in, self.mean_out):
-            tensor /= max(count, 1)
+    def with_(self, other: Products) -> Products:
+        """Return the sums over the positions of both."""
+        sums = [mine + yours for mine, yours in zip(self._tensors(), other._tensors(), strict=True)]
+        return Products(sums[0], sums[1], sums[2], sums[3], self.count + other.count)
+
+    def finish(self, centred: bool) -> None:
+        """Turn the sums into means; take the means of x and y out if `centred`."""
+        for tensor in self._tensors():
+            tensor /= max(self.count, 1)
         if centred:
             self.inputs -= self.mean_in[:, :, None] * self.mean_in[:, None]
             self.cross -= self.mean_in[:, :, None] * self.mean_out[:, None]
+
+    def error(self, weight: Tensor) -> float:
+        """Return how far weights [O, K] are from the wanted outputs on these inputs: a square, but for a constant."""
+        groups, columns, _ = self.inputs.shape
+        each = weight.reshape(groups, -1, columns)
+        return float((each @ self.inputs * each).sum() - 2 * (each * self.cross.transpose(1, 2)).sum())
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.inputs, self.cross, self.mean_in, self.mean_out
 
 
 def fit(products: Products, weight: Tensor, ridge: float = RIDGE) -> Tensor:
     """Return weights [O, K] that fit with all columns, drawn towards `weight` where the inputs say little."""
     groups, columns, _ = products.inputs.shape
     old = weight.double().cpu().reshape(groups, -1, columns)
-    system, strength = _regular(products.inputs, ridge)
-    right = products.cross + strength[:, None, None] * old.transpose(1, 2)
+    system, strength = _regular(products, ridge)
+    right = products.cross + strength[:, :, None] * old.transpose(1, 2)
     solution: Tensor = torch.linalg.solve(system, right)
     return solution.transpose(1, 2).reshape(-1, columns)
 
 
 def eliminate(
-    products: Products, weight: Tensor, labels: Tensor, area: int, ridge: float = RIDGE
+    products: Products, weight: Tensor, labels: Tensor, area: int, ridge: float = RIDGE, *, at_once: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Choose strips and fit the weights on them.
 
@@ -78,6 +101,7 @@ def eliminate(
         labels: int64 [O], the row group of every row; row groups stay inside convolution groups.
         area: weights to keep; every row group keeps at least one column.
         ridge: share of the mean input energy that draws the weights to the dense ones.
+        at_once: choose by the saliencies with all columns: cheaper by far, and worse.
 
     Returns:
         The strips, bool [G, K], and the weights, float64 [O, K], zero outside of them.
@@ -88,7 +112,7 @@ def eliminate(
     now = columns * int(sizes.sum())
     shrink = _SHRINK_WIDE if columns > _WIDE else _SHRINK
     while now > area:
-        goal = max(area, int(now * shrink))
+        goal = area if at_once else max(area, int(now * shrink))
         _, saliency = _solved(products, weight, labels, kept, ridge)
         best = torch.where(kept, saliency, -torch.inf).argmax(1)
         saliency[torch.arange(len(kept)), best] = torch.inf
@@ -103,20 +127,41 @@ def eliminate(
     return kept, _solved(products, weight, labels, kept, ridge)[0]
 
 
+def doubt(first: Products, second: Products, fitted: Callable[[Products], Tensor]) -> float:
+    """Return how little the correlations of the inputs can be trusted: the `Products.doubt` that holds on other images.
+
+    Positions of one image, and images of one kind, resemble each other, so what a layer is fitted on says less than its
+    number of positions promises: with few images a fit to all of them can be perfect there and wrong everywhere else.
+    With much doubt the inputs count as uncorrelated: strips are ranked by |w|^2 E[x^2], the kept ones stay as they are.
+
+    Args:
+        first: of the images to fit to.
+        second: of other images.
+        fitted: returns weights [O, K] for products with some doubt.
+    """
+    best, least = 0.0, torch.inf
+    for tried in _DOUBTS_WIDE if first.inputs.shape[1] > _WIDE else _DOUBTS:
+        error = second.error(fitted(dataclasses.replace(first, doubt=tried)))
+        if error < least:
+            best, least = tried, error
+    return best
+
+
 def fit_strips(products: Products, weight: Tensor, labels: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
     """Return weights [O, K] fitted on given strips [G, K], zero outside of them."""
     return _solved(products, weight, labels, kept, ridge)[0]
 
 
-def _regular(inputs: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return H + λI and λ, by convolution group."""
-    strength = ridge * inputs.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    return inputs + strength[:, None, None] * torch.eye(inputs.shape[1], dtype=inputs.dtype), strength
+def _regular(products: Products, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return H with its diagonal raised, and by how much, [groups, K]."""
+    energy = products.inputs.diagonal(dim1=1, dim2=2)
+    strength = ridge * energy.mean(1, keepdim=True).clamp_min(1e-12) + products.doubt * energy
+    return products.inputs + torch.diag_embed(strength), strength
 
 
 def _solved(products: Products, weight: Tensor, labels: Tensor, kept: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return the fitted weights [O, K] and each strip's saliency a row [G, K], inf where it is gone."""
-    systems, strength = _regular(products.inputs, ridge)
+    systems, strength = _regular(products, ridge)
     rows_each = len(labels) // len(systems)
     fitted = torch.zeros(weight.shape, dtype=torch.float64)
     saliency = torch.full(kept.shape, torch.inf, dtype=torch.float64)
@@ -131,7 +176,7 @@ def _solved(products: Products, weight: Tensor, labels: Tensor, kept: Tensor, ri
             known = {key: _inverse(systems[group][columns][:, columns])}
         inverse = known[key]
         right = products.cross[group][columns][:, rows - group * rows_each]
-        right = right + strength[group] * old[rows][:, columns].T
+        right = right + strength[group][columns, None] * old[rows][:, columns].T
         solution = inverse @ right
         fitted[rows[:, None], columns] = solution.T
         saliency[number, columns] = solution.square().sum(1) / inverse.diagonal() / len(rows)

@@ -10,6 +10,7 @@ of two forwards. Any model can run so that keeps the images of a batch apart, as
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,14 +26,16 @@ from tqdm import tqdm
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import unchanged_state
 from fxsparse.pruning.columns import Call, Convolutions, chunks, padded, sample, unfolded
-from fxsparse.pruning.fitting import RIDGE, Products, eliminate, fit, fit_strips
+from fxsparse.pruning.fitting import RIDGE, Products, doubt, eliminate, fit, fit_strips
 from fxsparse.pruning.layers import Masks
 from fxsparse.regrouping.weight_matrix import FloatArray, IntArray
 
 Forward = Callable[[nn.Module, Any], Any]
 
-# Output positions that a layer is fitted on: so many a column of its weight matrix, but at least and at most.
-_PER_COLUMN, _LEAST, _MOST = 6, 8192, 32768
+# Output positions that a layer is fitted on: so many a column of its weight matrix, but at least and at most. Those of
+# convolution groups have few columns, and there are many of them.
+_PER_COLUMN, _LEAST, _LEAST_GROUPED, _MOST = 6, 8192, 2048, 32768
+_FOR_STATISTICS = 2**16  # values of a channel that say what a batch norm's mean and variance become
 _FOR_MOMENTS = 4096
 _WIDEST = 8192  # columns; the products of wider layers would take gigabytes
 
@@ -193,17 +196,25 @@ class _Pass:
             raise FxsparseError(f"'{name}' has {columns} columns; up to {_WIDEST} can be fitted. Exclude it.")
         own_bias = self.convs[name].bias
         can_shift = own_bias is not None and call.bias is own_bias
-        products = self._products(call, x, out, centred=can_shift or name in self.normed)
+        first, second = self._products(call, x, out)
+        products = first.with_(second)
+        for part in (first, second, products):
+            part.finish(centred=can_shift or name in self.normed)
         if wanted is None:
+            products.doubt = doubt(first, second, lambda part: fit(part, matrix, self.ridge))
             fitted = fit(products, matrix, self.ridge)
         else:
-            labels = torch.from_numpy(wanted.labels)
+            labels, area = torch.from_numpy(wanted.labels), wanted.area
             if wanted.mask is not None:
                 kept = _strips_of(wanted.mask, labels)
+                products.doubt = doubt(first, second, lambda part: fit_strips(part, matrix, labels, kept, self.ridge))
                 fitted = fit_strips(products, matrix, labels, kept, self.ridge)
             else:
-                assert wanted.area is not None
-                kept, fitted = eliminate(products, matrix, labels, wanted.area, self.ridge)
+                assert area is not None
+                products.doubt = doubt(
+                    first, second, lambda part: eliminate(part, matrix, labels, area, self.ridge, at_once=True)[1]
+                )
+                kept, fitted = eliminate(products, matrix, labels, area, self.ridge)
             self.masks[name] = kept[labels].reshape(call.weight.shape).to(call.weight.device)
         weight = fitted.to(call.weight).reshape(call.weight.shape)
         self.new.append((call.weight, weight))
@@ -215,30 +226,35 @@ class _Pass:
         self.new.append((own_bias, bias))
         return weight, bias
 
-    def _products(self, call: Call, x: Tensor, out: Tensor, *, centred: bool) -> Products:
+    def _products(self, call: Call, x: Tensor, out: Tensor) -> tuple[Products, Products]:
+        """Return the sums over positions of the first and of the second half of the images."""
         columns, rows = call.weight[0].numel(), len(call.weight) // call.groups
-        count = min(max(_PER_COLUMN * columns, _LEAST), _MOST)
+        least = _LEAST if call.groups == 1 else _LEAST_GROUPED
+        count = min(max(_PER_COLUMN * columns, least), _MOST)
         positions = sample(len(x), out.shape[2], out.shape[3], count, self.generator)
-        products = Products.zeros(call.groups, columns, rows)
         widened = padded(call, x)
-        for part in chunks(positions, call.groups * columns):
-            image, row, column = part.to(out.device).unbind(1)
-            y = out[image, :, row, column]
-            products.add(unfolded(call, widened, part), y.reshape(len(part), call.groups, rows).transpose(0, 1))
-        products.finish(len(positions), centred)
-        return products
+        early = positions[:, 0] < len(x) / 2
+        halves = []
+        for half in (positions[early], positions[~early]):
+            products = Products.zeros(call.groups, columns, rows)
+            for part in chunks(half, call.groups * columns):
+                image, row, column = part.to(out.device).unbind(1)
+                y = out[image, :, row, column]
+                products.add(unfolded(call, widened, part), y.reshape(len(part), call.groups, rows).transpose(0, 1))
+            halves.append(products)
+        return halves[0], halves[1]
 
     def _norm(self, norm: _BatchNorm) -> Any:
         def forward(x: Tensor) -> Tensor:
             mean, var = norm.running_mean, norm.running_var
             assert mean is not None and var is not None
             dense, pruned = x.chunk(2)
-            dims = [d for d in range(x.dim()) if d != 1]
             # Moved so that the norm gives what it gave, in mean and variance, on these inputs. The inputs' own
             # statistics would not do: they differ from those of the training data for other reasons.
-            scale = (pruned.var(dims) + norm.eps) / (dense.var(dims) + norm.eps)
+            (dense_var, dense_mean), (pruned_var, pruned_mean) = _statistics(dense), _statistics(pruned)
+            scale = (pruned_var + norm.eps) / (dense_var + norm.eps)
             new_var = (var + norm.eps) * scale - norm.eps
-            new_mean = pruned.mean(dims) - (dense.mean(dims) - mean) * scale.sqrt()
+            new_mean = pruned_mean - (dense_mean - mean) * scale.sqrt()
             self.new += [(mean, new_mean), (var, new_var)]
             normed = [
                 F.batch_norm(part, m, v, norm.weight, norm.bias, False, 0.0, norm.eps)
@@ -273,6 +289,15 @@ def _followed_by_norm(
         for first, second in zip(order, order[1:], strict=False)
         if first in convs and second in norms and channels[second] == getattr(convs[first], "out_channels", None)
     )
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the variance and the mean of every channel; of large images, at positions of a grid."""
+    if x.dim() == 4:
+        step = max(1, min(math.isqrt(x.numel() // x.shape[1] // _FOR_STATISTICS), *x.shape[2:]))
+        x = x[:, :, step // 2 :: step, step // 2 :: step]
+    var, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1])
+    return var, mean
 
 
 def _strips_of(mask: Tensor, labels: Tensor) -> Tensor:

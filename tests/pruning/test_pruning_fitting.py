@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxsparse.pruning.columns import Call, Convolutions, padded, sample, unfolded
-from fxsparse.pruning.fitting import Products, eliminate, fit, fit_strips
+from fxsparse.pruning.fitting import Products, doubt, eliminate, fit, fit_strips
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def data(rows: int = 8, columns: int = 10, count: int = 400) -> tuple[Tensor, Te
     y = x @ weight.T
     products = Products.zeros(1, columns, rows)
     products.add(x[None], y[None])
-    products.finish(count, centred=False)
+    products.finish(centred=False)
     return x, weight, y, products
 
 
@@ -77,7 +78,7 @@ def test_centred_products_leave_the_mean_to_the_bias() -> None:
     products = Products.zeros(1, 10, 8)
     products.add(x[None, :200], y[None, :200] + 3)
     products.add(x[None, 200:], y[None, 200:] + 3)
-    products.finish(400, centred=True)
+    products.finish(centred=True)
     found = fit(products, weight)
     torch.testing.assert_close(found, weight)
     bias = products.mean_out[0] - found @ products.mean_in[0]
@@ -118,7 +119,50 @@ def test_elimination_keeps_the_area_and_a_column_of_every_group() -> None:
 
 def test_inputs_that_say_nothing_leave_the_weights_alone() -> None:
     products = Products.zeros(1, 5, 3)
-    products.finish(0, centred=True)
+    products.finish(centred=True)
     weight = torch.randn(3, 5)
     torch.testing.assert_close(fit(products, weight).float(), weight)
     assert bool(torch.isfinite(F.relu(fit(products, weight))).all())
+
+
+def halves(kinds: int) -> tuple[Products, Products, Tensor]:
+    """Return products of two halves of 2,000 distorted inputs, of `kinds` kinds each, and the weight before."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 40, generator=generator)
+    distortion = torch.eye(40) + 0.1 * torch.randn(40, 40, generator=generator)
+    found = []
+    for _ in range(2):
+        x = torch.randn(kinds, 40, generator=generator)
+        seen = x @ distortion + 0.6 * torch.randn(kinds, 40, generator=generator)
+        products = Products.zeros(1, 40, 8)
+        products.add(*(values[torch.arange(2000) % kinds][None] for values in (seen, x @ weight.T)))
+        products.finish(centred=True)
+        found.append(products)
+    return found[0], found[1], weight
+
+
+def test_correlations_of_many_inputs_of_few_kinds_are_doubted() -> None:
+    labels = torch.arange(8) // 4
+    first, second, weight = halves(12)
+
+    def whole(products: Products) -> Tensor:
+        return fit(products, weight)
+
+    def pruned(products: Products) -> Tensor:
+        return eliminate(products, weight, labels, 8 * 20, at_once=True)[1]
+
+    for fitted in (whole, pruned):
+        many, others, _ = halves(2000)
+        assert doubt(many, others, fitted) == 0
+        found = doubt(first, second, fitted)
+        assert found > 0.2
+        assert second.error(fitted(dataclasses.replace(first, doubt=found))) < second.error(fitted(first))
+
+
+def test_with_endless_doubt_the_kept_weights_stay_as_they_are() -> None:
+    products, _, weight = halves(12)
+    labels = torch.arange(8) // 4
+    kept, fitted = eliminate(dataclasses.replace(products, doubt=1e6), weight, labels, 8 * 20)
+    torch.testing.assert_close(fitted, torch.where(kept[labels], weight.double(), 0.0), rtol=1e-3, atol=1e-4)
+    energy = (weight.double().square() * products.inputs[0].diagonal()).reshape(2, 4, 40).sum(1)
+    assert energy[kept].min() > energy[~kept].max() * 0.99

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,34 @@ def test_without_training_the_pruned_model_stays_near_the_dense_one(trained: nn.
     assert report.unit == "MACs" and report.expected <= report.budget == 0.35 * report.dense
     assert json.loads(report.to_json())["kept"] == pytest.approx(report.kept)
     assert "body" in str(report) and "expected MACs" in str(report)
+
+
+def strided(*widths: int) -> nn.Sequential:
+    """Convolutions of stride 2 with batch norms that have seen images: few positions, many columns."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, width in itertools.pairwise(widths):
+        layers += [nn.Conv2d(before, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for seed in range(30):
+            model(images(64, seed=seed)[0])
+    return model.eval()
+
+
+def test_a_fit_to_few_positions_holds_on_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = strided(3, 32, 64, 96)
+    data, others = images(128, seed=105)[0], images(200, seed=107)[0]
+
+    def error() -> float:
+        pruned = fxsparse.prune(model, 0.5, data, settings=MACS)
+        with torch.no_grad():
+            wanted = model(others)
+            return float((pruned.model(others) - wanted).norm() / (wanted - wanted.mean(0)).norm())
+
+    found = error()
+    monkeypatch.setattr(refit, "doubt", lambda first, second, fitted: 0.0)
+    assert found < 0.75 and found < 0.9 * error()
 
 
 def test_masks_are_blocks_that_convert_exactly(trained: nn.Module) -> None:
