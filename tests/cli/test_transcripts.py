@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -59,7 +60,15 @@ def perform(command: str, status: int) -> tuple[int, str]:
     words = [] if SHELL & set(command.strip()) else shlex.split(command)
     if words[:1] != ["fxsparse"]:
         script = f"(exit {status})\n{command}"
-        done = subprocess.run(["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # `python` is this one, whether or not its environment is activated.
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+        done = subprocess.run(
+            ["bash", "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PATH": path},
+        )
         return done.returncode, done.stdout
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
         try:
