@@ -94,12 +94,13 @@ class BuildLibraries(build_ext):
             lib64 = _cuda_home(_find_nvcc() or "nvcc") / "lib64"
             link += ["-Wl,--as-needed", f"-L{lib64}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         self._run(link)
-        # An exception that leaves a library with a C++ runtime of its own ends the process: no error would reach Python.
+        # An exception that leaves a library with a C++ runtime of its own ends the process, and reaches nobody.
         if platform.system() == "Linux" and b"libstdc++.so" not in fresh.read_bytes():
             fresh.unlink()
             raise SystemExit(
-                f"{cxx} links another C++ runtime than torch's libstdc++.so into {out.name}, or links it statically, and "
-                "refusals of the operators would end the process. Set CXX to a compiler that links libstdc++.so."
+                f"{cxx} links another C++ runtime than torch's libstdc++.so into {out.name}, or links it statically: "
+                "an operator that refuses its arguments would end the process. "
+                "Set CXX to a compiler that links libstdc++.so."
             )
         fresh.replace(out)
 
