@@ -29,8 +29,13 @@ Tensor conv2d(const Tensor &input, const Tensor &values, const Tensor &columns, 
   const int64_t bytes = plan_conv(shape, weight, torch::stable::get_num_threads(), plan);
   STD_TORCH_CHECK(bytes >= 0, "'input' has more than 2^32 elements per image once padded, which is not supported");
   const Tensor scratch = empty({bytes}, ScalarType::Byte);
-  const ConvTensors tensors = {dense_input.const_data_ptr(), dense_bias ? dense_bias->const_data_ptr() : nullptr,
-                               dense_add ? dense_add->const_data_ptr() : nullptr, output.mutable_data_ptr()};
+  const InputRows rows_in = {dense_input.const_data_ptr(), 0, shape.height};
+  const ConvTensors tensors = {&rows_in,
+                               1,
+                               0,
+                               dense_bias ? dense_bias->const_data_ptr() : nullptr,
+                               dense_add ? dense_add->const_data_ptr() : nullptr,
+                               output.mutable_data_ptr()};
   run_conv(plan, weight, tensors, scratch.mutable_data_ptr(), parallel_workers);
   return output;
 }

@@ -16,7 +16,8 @@ public:
     region.dtype = dtype_of(inputs[0]);
     region.batch = program.batch;
     for (const ProgramValue &value : program.values)
-      region.values.push_back({value.channels, value.height, value.width, nullptr, nullptr, 0, 0});
+      region.values.push_back(
+          {value.channels, value.height, value.width, nullptr, nullptr, 0, value.height * value.width, 0, 0});
     for (size_t i = 0; i < inputs.size(); ++i) {
       contiguous_.push_back(as_contiguous(inputs[i]));
       region.values[i].input = static_cast<const char *>(contiguous_.back().const_data_ptr());

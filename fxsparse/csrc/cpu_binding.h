@@ -73,6 +73,9 @@ inline ConvShape shape_of(const Conv2dGeometry &g, Dtype dtype) {
           g.out_channels,
           g.out_height,
           g.out_width,
+          g.in_height * g.in_width,
+          g.out_height * g.out_width,
+          g.out_height * g.out_width,
           {g.kernel_height, g.kernel_width},
           {g.stride_y, g.stride_x},
           {g.dilation_y, g.dilation_x},
@@ -80,7 +83,8 @@ inline ConvShape shape_of(const Conv2dGeometry &g, Dtype dtype) {
           g.group_channels * g.kernel_height * g.kernel_width,
           g.padding_mode,
           g.activation,
-          dtype};
+          dtype,
+          false};
 }
 
 inline void parallel_workers(int64_t workers, void (*body)(int64_t worker, void *context), void *context) {

@@ -28,6 +28,8 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
     known: dict[tuple[int, int], Regrouping] = {}
     found = list(sites.conv_sites(gm))
     quiet = not ctx.settings.progress or len(found) < 2
+    joining = []
+    gains = False
     for node, site in tqdm(found, desc="Regrouping", unit="conv", disable=quiet, leave=False):
         weight = sites.attribute(gm, site.weight)
         support = _support(site, weight, ctx)
@@ -36,10 +38,16 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
             if key not in known:
                 known[key] = _regroup(site, weight, target, ctx)
             estimate = OVER_DENSE * known[key].cost(target) / known[key].dense_cost
-            joins = _is_depthwise(weight, site.groups) or _is_stem(weight, site.groups)
-            support = _expectation(known[key], estimate, joins=joins)
+            support = _expectation(known[key], estimate)
             sites.update(node, regrouping=known[key], estimate=estimate)
+            if not support.ok and (_is_depthwise(weight, site.groups) or _is_stem(weight, site.groups)):
+                joining.append(node)
+        gains = gains or support.ok
         sites.update(node, support=support, reason=support.reason)
+    # Depthwise weights and those of stems are small, with zeros or without, and packed they do not part or delay the
+    # convolutions around them, which one call runs then. That is for calibration to measure.
+    for node in joining if gains else ():
+        sites.update(node, support=Support(True), reason="")
     return finish(gm, ctx, {"weights regrouped": len(known)})
 
 
@@ -70,18 +78,14 @@ def _is_depthwise(weight: Tensor, groups: int) -> bool:
 
 
 def _is_stem(weight: Tensor, groups: int) -> bool:
-    """Tell whether a convolution has few columns, as one of images has, and where regions gain from it: on CUDA.
+    """Tell whether a convolution has few columns, as one of images has.
 
-    There its rows are read batch-innermost, where three channels are as good as any; dense kernels want them in eights.
+    The operators read three channels as well as any number; dense kernels want them in eights or sixteens.
     """
-    return groups == 1 and weight[0].numel() <= _STEM_COLUMNS and weight.device.type == "cuda"
+    return groups == 1 and weight[0].numel() <= _STEM_COLUMNS
 
 
-def _expectation(regrouping: Regrouping, estimate: float, *, joins: bool) -> Support:
-    # Depthwise weights and those of stems are small, with zeros or without, and packed they do not part or delay the
-    # convolutions around them, which one call runs then. That is for calibration to measure.
-    if joins:
-        return Support(True)
+def _expectation(regrouping: Regrouping, estimate: float) -> Support:
     if regrouping.kept == regrouping.dense_cost:
         return Support.no("no zeros in the weight")
     if estimate > HOPELESS:

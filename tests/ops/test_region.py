@@ -74,8 +74,9 @@ sizes = st.integers(1, 3)
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_random_regions(data: st.DataObject) -> None:
+def test_random_regions(threads: object, data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 2**20)))
+    threads(data.draw(st.sampled_from([1, 2, 3, 5])))  # type: ignore[operator]
     drawn = Drawn()
     batch, height, width = (data.draw(st.integers(1, most)) for most in (5, 20, 20))
     channels = [data.draw(st.sampled_from([4, 8, 20]))]

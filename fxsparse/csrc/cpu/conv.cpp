@@ -17,24 +17,32 @@ struct Call {
   const ConvTensors &tensors;
   char *working;
 
-  const void *image(const void *tensor, int64_t channels, int64_t plane, int64_t n) const {
+  const char *image(const void *tensor, int64_t channels, int64_t plane, int64_t n) const {
     return tensor ? static_cast<const char *>(tensor) + n * channels * plane * conv.element_bytes : nullptr;
   }
+  // Where an input is read as it lies: its rows are in one piece then.
   const void *input(int64_t n) const {
-    return image(tensors.input, conv.shape.channels, conv.shape.height * conv.shape.width, n);
+    const int64_t skipped = tensors.first_row * conv.shape.width * conv.element_bytes;
+    return image(tensors.inputs[0].at, conv.shape.channels, conv.shape.input_plane, n) + skipped;
+  }
+  void gather(int64_t n, int64_t images, int64_t first, int64_t last, int64_t row, void *buffer) const {
+    conv.kernels->gather(conv, {tensors.inputs, tensors.num_inputs, n, images, first, last, tensors.first_row + row},
+                         buffer);
   }
   char *buffer(int64_t worker) const { return working + conv.at_buffers + worker * conv.worker_buffer_bytes; }
-  const void *result(const void *tensor, int64_t n) const {
-    return image(tensor, conv.shape.out_channels, conv.shape.out_height * conv.shape.out_width, n);
-  }
   void run(const Unit &unit, Band band, int64_t images, int64_t n, const void *cells, int64_t worker) const {
-    conv.kernels->run(conv, unit, band, images, cells, const_cast<void *>(result(tensors.output, n)),
-                      result(tensors.add, n), working + conv.at_results + worker * conv.worker_result_bytes);
+    conv.kernels->run(conv, unit, band, images, cells, output(n), add(n),
+                      working + conv.at_results + worker * conv.worker_result_bytes);
   }
   void run_direct(const Unit &unit, int64_t n) const {
-    conv.kernels->depthwise(conv, unit, input(n), const_cast<void *>(result(tensors.output, n)),
-                            result(tensors.add, n));
+    conv.kernels->depthwise(conv, unit, input(n), output(n), add(n));
   }
+
+private:
+  void *output(int64_t n) const {
+    return const_cast<char *>(image(tensors.output, conv.shape.out_channels, conv.shape.output_plane, n));
+  }
+  const void *add(int64_t n) const { return image(tensors.add, conv.shape.out_channels, conv.shape.add_plane, n); }
 };
 
 void fill_tables(Conv &c, char *memory) {
@@ -52,7 +60,7 @@ void fill_tables(Conv &c, char *memory) {
   for (int64_t image = 0; image < c.group_images; ++image)
     for (int64_t row = 0; row < c.out_height; ++row) {
       *cells++ = image * c.plane + row * c.x.cells;
-      *outputs++ = (image * c.shape.out_channels * c.out_height + row) * c.out_width;
+      *outputs++ = image * c.shape.out_channels * c.shape.output_plane + row * c.out_width;
     }
 }
 
@@ -109,12 +117,9 @@ void run_images(const Call &call, int64_t worker) {
   void *buffer = call.buffer(worker);
   for (int64_t n = c.shape.batch * worker / c.workers; n < last; n += c.group_images) {
     const int64_t images = std::min(c.group_images, last - n);
-    const void *cells = call.input(n);
-    if (!c.in_place) {
-      c.kernels->gather(c, cells, images, 0, c.shape.channels, 0, buffer);
-      cells = buffer;
-    }
-    run_bands(call, {0, group_tiles(c, images)}, images, n, cells, worker);
+    if (!c.in_place)
+      call.gather(n, images, 0, c.shape.channels, 0, buffer);
+    run_bands(call, {0, group_tiles(c, images)}, images, n, c.in_place ? call.input(n) : buffer, worker);
   }
 }
 
@@ -127,7 +132,7 @@ void run_windows(const Call &call, int64_t worker) {
   for (int64_t i = total * worker / c.workers; i < total * (worker + 1) / c.workers; ++i) {
     const int64_t n = i / c.windows, window = i % c.windows;
     const Band rows = nth_band({0, c.out_height}, window, c.windows);
-    c.kernels->gather(c, call.input(n), 1, 0, c.shape.channels, rows.first, buffer);
+    call.gather(n, 1, 0, c.shape.channels, rows.first, buffer);
     // The kernels count the cells of the whole image.
     const char *cells = buffer - c.row_cell[rows.first] * cell_bytes;
     run_bands(call, {rows.first * c.pieces, rows.last * c.pieces}, 1, n, cells, worker);
@@ -156,7 +161,7 @@ void run_by_group(const Call &call, int64_t worker) {
         end_gathered = std::min(channel + c.gathered_channels, c.shape.channels);
         // The kernels count the channels of the whole image.
         cells = call.buffer(worker) - channel * c.channel_stride * cell_bytes;
-        c.kernels->gather(c, call.input(n), 1, gathered, end_gathered, 0, cells);
+        call.gather(n, 1, gathered, end_gathered, 0, cells);
       }
       for (int64_t b = 0; b < c.bands; ++b) {
         const Band band = nth_band({0, group_tiles(c, 1)}, b, c.bands);
@@ -183,8 +188,8 @@ bool shares_gather(const Conv &c) { return c.schedule == Schedule::kShared && !c
 void gather_share(const Call &call, Group group, int64_t worker) {
   const Conv &c = call.conv;
   const int64_t channels = c.shape.channels;
-  c.kernels->gather(c, call.input(group.first), group.images, channels * worker / c.workers,
-                    channels * (worker + 1) / c.workers, 0, call.buffer(0));
+  call.gather(group.first, group.images, channels * worker / c.workers, channels * (worker + 1) / c.workers, 0,
+              call.buffer(0));
 }
 
 // A worker's share of a group: consecutive (band, unit) pairs of about equal cost.

@@ -10,11 +10,14 @@ enum class Dtype { kFloat32, kFloat64, kBFloat16, kFloat16 };
 struct ConvShape {
   int64_t batch, channels, height, width;
   int64_t out_channels, out_height, out_width;
+  // Elements from one channel to the next; images follow each other as channels do.
+  int64_t input_plane, add_plane, output_plane;
   int64_t kernel[2], stride[2], dilation[2], pad[4];
   int64_t weight_columns; // (channels / groups) * kernel height * kernel width
   PaddingMode mode;
   Activation activation;
   Dtype dtype;
+  bool stripe; // `out_height` are consecutive rows of more; which ones, a run is told
 };
 
 // The packed weight: see docs/architecture.md.
@@ -25,9 +28,18 @@ struct PackedWeight {
   int64_t num_values, num_columns, num_panels;
 };
 
-// Contiguous NCHW tensors; `bias` and `add` may be null.
+// Rows [first, last) of every plane of a tensor: `at` is where row 0 of its first plane is, or would be.
+struct InputRows {
+  const void *at;
+  int64_t first, last;
+};
+
+// NCHW tensors whose rows are contiguous; `bias` and `add` may be null.
 struct ConvTensors {
-  const void *input, *bias, *add;
+  const InputRows *inputs; // together all rows that are read
+  int64_t num_inputs;
+  int64_t first_row; // which row of the whole output the first one here is
+  const void *bias, *add;
   void *output;
 };
 

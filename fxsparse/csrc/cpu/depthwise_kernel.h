@@ -69,8 +69,6 @@ void depthwise_plane(const Conv &conv, const A *weights, const A *input, A bias,
 // The rows of a unit, for one image.
 template <class A>
 void run_depthwise(const Conv &conv, const Unit &unit, const void *input, void *output, const void *add) {
-  const int64_t in_plane = conv.shape.height * conv.shape.width;
-  const int64_t out_plane = conv.shape.out_height * conv.shape.out_width;
   const A *values = (const A *)conv.values;
   const bool small = conv.shape.kernel[0] == 3, dense = conv.x.stride == 1;
   const auto plane = small ? (dense ? depthwise_plane<3, 1, A> : depthwise_plane<3, 2, A>)
@@ -88,9 +86,9 @@ void run_depthwise(const Conv &conv, const Unit &unit, const void *input, void *
         weights[conv.offsets[panel[kFirstColumn] + k]] = values[panel[kFirstValue] + k * kPanelLanes + lane];
       for (int64_t k = 0; k < row[kResidualCount]; ++k)
         weights[conv.offsets[row[kFirstResidual] + k]] = values[row[kFirstResidualValue] + k];
-      plane(conv, weights, (const A *)input + panel[kFirstChannel] * in_plane,
-            conv.bias ? ((const A *)conv.bias)[channel] : A(0), (A *)output + channel * out_plane,
-            add ? (const A *)add + channel * out_plane : nullptr);
+      plane(conv, weights, (const A *)input + panel[kFirstChannel] * conv.shape.input_plane,
+            conv.bias ? ((const A *)conv.bias)[channel] : A(0), (A *)output + channel * conv.shape.output_plane,
+            add ? (const A *)add + channel * conv.shape.add_plane : nullptr);
     }
   }
 }

@@ -112,64 +112,92 @@ inline RowShape row_shape(const Axis &axis, int64_t phase, int64_t first) {
 
 // One phase: rows [first_row, first_row + cells) of it.
 struct PlaneShape {
-  PaddingMode mode;
   int64_t phase_y, phase_x, first_row;
   RowShape rows, row;
 };
 
-inline PlaneShape plane_shape(const Axis &ay, const Axis &ax, PaddingMode mode, int64_t slot, int64_t first_row) {
+inline PlaneShape plane_shape(const Axis &ay, const Axis &ax, int64_t slot, int64_t first_row) {
   const int64_t phase_y = slot_phase(ay, slot / ax.slots), phase_x = slot_phase(ax, slot % ax.slots);
-  return {mode, phase_y, phase_x, first_row, row_shape(ay, phase_y, first_row), row_shape(ax, phase_x, 0)};
+  return {phase_y, phase_x, first_row, row_shape(ay, phase_y, first_row), row_shape(ax, phase_x, 0)};
 }
 
-// One plane of one phase; `from` is the input's plane.
+// The row of the phase that is the first to lie in row `y` of the input, or below it.
+inline int64_t row_from(const Axis &axis, const PlaneShape &shape, int64_t y) {
+  return (y + axis.before - shape.phase_y + axis.stride - 1) / axis.stride - shape.first_row;
+}
+
+// What `from` has of the planes of one phase with zeros around: planes `from_step` apart in the input, `to_step` in the
+// buffer. The rows between `first` and `last` are there.
 template <class T, class A>
-inline void gather_plane(const Axis &ay, const Axis &ax, const PlaneShape &shape, const T *from, A *to) {
+inline void gather_rows(const Axis &ay, const Axis &ax, const PlaneShape &shape, int64_t first, int64_t last,
+                        const T *from, int64_t from_step, A *to, int64_t to_step, int64_t planes) {
   const RowShape rows = shape.rows, row = shape.row;
-  const int64_t first_y = (shape.first_row + rows.begin) * rows.stride + shape.phase_y - ay.before;
+  const int64_t begin = maximum(rows.begin, row_from(ay, shape, first));
+  const int64_t end = minimum(rows.end, row_from(ay, shape, last)), width = ax.input;
+  if (begin >= end)
+    return;
+  from += ((shape.first_row + begin) * rows.stride + shape.phase_y - ay.before) * width + row.begin * row.stride +
+          shape.phase_x - ax.before;
+  for (int64_t plane = 0; plane < planes; ++plane, from += from_step, to += to_step)
+    copy_rows(from, rows.stride * width, to + begin * row.cells, end - begin, row);
+}
+
+// One plane of one phase whose surroundings repeat it; `from` is the input's plane.
+template <class T, class A>
+inline void gather_mapped(const Axis &ay, const Axis &ax, PaddingMode mode, const PlaneShape &shape, const T *from,
+                          A *to) {
+  const RowShape rows = shape.rows, row = shape.row;
   const int64_t first_x = row.begin * row.stride + shape.phase_x - ax.before;
   const int64_t width = ax.input;
-  if (shape.mode == PaddingMode::kZeros) {
-    fill_zeros(to, rows.begin * row.cells);
-    copy_rows(from + first_y * width + first_x, rows.stride * width, to + rows.begin * row.cells, rows.end - rows.begin,
-              row);
-    fill_zeros(to + rows.end * row.cells, (rows.cells - rows.end) * row.cells);
-    return;
-  }
   for (int64_t y = 0; y < rows.cells; ++y, to += row.cells) {
-    const int64_t source = source_index(ay, shape.mode, (shape.first_row + y) * ay.stride + shape.phase_y);
+    const int64_t source = source_index(ay, mode, (shape.first_row + y) * ay.stride + shape.phase_y);
     if (source < 0) {
       fill_zeros(to, row.cells);
       continue;
     }
     copy_rows(from + source * width + first_x, 0, to, 1, row);
-    copy_mapped(ax, shape.mode, shape.phase_x, from + source * width, to, 0, row.begin);
-    copy_mapped(ax, shape.mode, shape.phase_x, from + source * width, to, row.end, row.cells);
+    copy_mapped(ax, mode, shape.phase_x, from + source * width, to, 0, row.begin);
+    copy_mapped(ax, mode, shape.phase_x, from + source * width, to, row.end, row.cells);
   }
 }
 
 // Channels whose phases are found together: few, so that a plane is still in the cache for its next phase.
 constexpr int64_t kGatherChannels = 8;
 
-template <class T, class A>
-void gather_input(const Conv &conv, const void *input, int64_t images, int64_t first, int64_t last, int64_t first_row,
-                  void *buffer) {
+template <class T, class A> void gather_input(const Conv &conv, const Gathering &what, void *buffer) {
   const Axis ay = conv.y, ax = conv.x;
-  const int64_t plane = ay.input * ax.input, group_plane = conv.group_images * conv.plane;
-  for (int64_t block = first; block < last; block += kGatherChannels)
-    for (int64_t slot = 0; slot < ay.slots * ax.slots; ++slot) {
-      const PlaneShape shape = plane_shape(ay, ax, conv.shape.mode, slot, first_row);
-      for (int64_t channel = block; channel < minimum(last, block + kGatherChannels); ++channel) {
-        const T *from = (const T *)input + channel * plane;
-        A *to = (A *)buffer + channel * conv.channel_stride + slot * group_plane;
-        for (int64_t image = 0; image < images; ++image, from += conv.shape.channels * plane, to += conv.plane)
-          gather_plane(ay, ax, shape, from, to);
-        // The zeros that the next plane would begin with, where none follows.
-        const bool alone = conv.schedule == Schedule::kByGroup && channel + 1 == last;
-        if (alone || images < conv.group_images || to == (A *)buffer + conv.shape.channels * conv.channel_stride)
-          fill_zeros(to, ay.spill * ax.cells + ax.spill);
+  const bool zeros = conv.shape.mode == PaddingMode::kZeros;
+  const int64_t plane = conv.shape.input_plane, group_plane = conv.group_images * conv.plane;
+  for (int64_t block = what.first; block < what.last; block += kGatherChannels) {
+    const int64_t channels = minimum(what.last - block, kGatherChannels);
+    A *block_to = (A *)buffer + block * conv.channel_stride;
+    for (int64_t slot = 0; slot < ay.slots * ax.slots; ++slot, block_to += group_plane) {
+      const PlaneShape shape = plane_shape(ay, ax, slot, what.first_row);
+      const RowShape rows = shape.rows;
+      for (int64_t image = 0; image < what.images; ++image) {
+        const int64_t from = ((what.first_image + image) * conv.shape.channels + block) * plane;
+        A *to = block_to + image * conv.plane;
+        for (int64_t channel = 0; channel < channels; ++channel, to += conv.channel_stride)
+          if (zeros) {
+            fill_zeros(to, rows.begin * ax.cells);
+            fill_zeros(to + rows.end * ax.cells, (rows.cells - rows.end) * ax.cells);
+          } else { // all rows are in one piece
+            gather_mapped(ay, ax, conv.shape.mode, shape, (const T *)what.inputs[0].at + from + channel * plane, to);
+          }
+        to = block_to + image * conv.plane;
+        for (int64_t i = 0; zeros && i < what.num_inputs; ++i)
+          gather_rows(ay, ax, shape, what.inputs[i].first, what.inputs[i].last, (const T *)what.inputs[i].at + from,
+                      plane, to, conv.channel_stride, channels);
+      }
+      // The zeros that the next plane would begin with, where none follows.
+      for (int64_t channel = 0; channel < channels; ++channel) {
+        A *end = block_to + channel * conv.channel_stride + what.images * conv.plane;
+        const bool alone = conv.schedule == Schedule::kByGroup && block + channel + 1 == what.last;
+        if (alone || what.images < conv.group_images || end == (A *)buffer + conv.shape.channels * conv.channel_stride)
+          fill_zeros(end, ay.spill * ax.cells + ax.spill);
       }
     }
+  }
 }
 
 } // namespace fxsparse::FXSPARSE_ISA

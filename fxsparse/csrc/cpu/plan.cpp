@@ -64,9 +64,12 @@ void plan_layout(const ConvShape &s, Conv &c) {
   const bool flat = s.kernel[0] == 1 && s.kernel[1] == 1 && s.stride[0] == 1 && s.stride[1] == 1 &&
                     std::all_of(s.pad, s.pad + 4, [](int64_t p) { return p == 0; });
   const bool zeros = s.mode == PaddingMode::kZeros;
-  if (flat) {
+  // Planes of less than a vector are worth the copy, as it puts the planes of several images side by side.
+  c.in_place =
+      flat && storage_bytes(s.dtype) == accumulator_bytes(s.dtype) && s.out_height * s.out_width >= kPanelLanes;
+  if (c.in_place || (flat && !s.stripe)) {
     c.out_height = 1;
-    c.out_width = s.height * s.width;
+    c.out_width = s.out_height * s.out_width;
     c.y = make_axis(1, 0, 0, 1, 1, 1, 1, zeros);
     c.x = make_axis(c.out_width, 0, 0, 1, 1, 1, c.out_width, zeros);
   } else {
@@ -74,10 +77,12 @@ void plan_layout(const ConvShape &s, Conv &c) {
     c.out_width = s.out_width;
     c.y = make_axis(s.height, s.pad[0], s.pad[1], s.kernel[0], s.stride[0], s.dilation[0], s.out_height, zeros);
     c.x = make_axis(s.width, s.pad[2], s.pad[3], s.kernel[1], s.stride[1], s.dilation[1], s.out_width, zeros);
+    if (s.stripe) { // which has all its rows, wherever it begins
+      c.y.cells = c.y.needed;
+      c.y.spill = 0;
+    }
   }
   c.plane = c.y.cells * c.x.cells;
-  // Planes of less than a vector are worth the copy, as it puts the planes of several images side by side.
-  c.in_place = flat && storage_bytes(s.dtype) == accumulator_bytes(s.dtype) && c.plane >= kPanelLanes;
   c.tile_height = std::clamp<int64_t>(c.kernels->positions / c.out_width, 1, kTileHeight);
   c.pieces = ceil_div(c.out_width, c.kernels->positions);
 }
@@ -116,6 +121,8 @@ bool has_depthwise_kernel(const ConvShape &s) {
 // Grouped convolutions, depthwise ones above all: the channels of one group stay in L1 or L2 from the gather to the
 // last of their units.
 bool plan_by_group(const ConvShape &s, int64_t threads, Conv &c) {
+  if (s.stripe)
+    return false;
   const int64_t taps = s.kernel[0] * s.kernel[1], channels = s.weight_columns / taps;
   c.direct = channels == 1 && has_depthwise_kernel(s) && c.kernels->depthwise != nullptr;
   const int64_t bytes = channels * c.y.slots * c.x.slots * c.plane * accumulator_bytes(s.dtype);
@@ -139,7 +146,9 @@ void plan_groups(const ConvShape &s, int64_t threads, Conv &c) {
   const int64_t images = whole_images ? ceil_div(s.batch, c.workers) : s.batch;
   const int64_t fit = kGroupBytes / std::max<int64_t>(1, image * accumulator_bytes(s.dtype));
   const int64_t useful = ceil_div(kGroupOutputs, c.out_height * c.out_width);
-  c.group_images = c.in_place ? 1 : std::clamp<int64_t>(std::min(fit, useful), 1, images);
+  // Images of a group go by one table of rows, for what is added, too.
+  const bool alone = c.in_place || s.stripe || s.add_plane != s.output_plane;
+  c.group_images = alone ? 1 : std::clamp<int64_t>(std::min(fit, useful), 1, images);
 }
 
 // Cells that a band spans, at most.
@@ -154,7 +163,7 @@ void plan_bands(const ConvShape &s, Conv &c) {
   c.bands = 1;
   if (c.direct)
     return;
-  c.channel_stride = c.y.slots * c.x.slots * c.group_images * c.plane;
+  c.channel_stride = c.in_place ? s.input_plane : c.y.slots * c.x.slots * c.group_images * c.plane;
   const int64_t slack = c.y.spill * c.x.cells + c.x.spill + 2 * kPanelLanes;
   c.buffer_elements = c.in_place ? 0 : c.gathered_channels * c.channel_stride + slack;
   const int64_t tiles =

@@ -33,6 +33,11 @@ struct PoolShape {
   int64_t height, width, out_height, out_width, kernel[2], stride[2], pad[2], dilation[2], row_elements;
 };
 
+// Rows [first, last) of so many planes of an output; planes are so many elements apart.
+struct PlaneRows {
+  int64_t planes, input_plane, output_plane, first, last;
+};
+
 struct KernelSet;
 
 struct Conv {
@@ -80,15 +85,19 @@ struct Band {
   int64_t first, last;
 };
 
+// Channels [first, last) of some images: rows of cells from `first_row` on.
+struct Gathering {
+  const InputRows *inputs;
+  int64_t num_inputs, first_image, images, first, last, first_row;
+};
+
 // One instruction set's code for one dtype. `T` is the storage type, `A` the accumulators' (float for 16-bit T).
 struct KernelSet {
   int64_t lanes;     // of a vector of A
   int64_t positions; // outputs of a tile, at most
   int64_t unit_panels;
-  // T input [image][channel][row][column] -> A canonical buffer: channels [first, last), rows of cells from `first_row`
-  // on.
-  void (*gather)(const Conv &conv, const void *input, int64_t images, int64_t first, int64_t last, int64_t first_row,
-                 void *buffer);
+  // T input [image][channel][row][column] -> A canonical buffer.
+  void (*gather)(const Conv &conv, const Gathering &what, void *buffer);
   // Entries [first, last) of columns -> cell offsets.
   void (*decode)(const Conv &conv, const int32_t *columns, const uint32_t *taps, int64_t first, int64_t last,
                  uint32_t *offsets);
@@ -100,8 +109,8 @@ struct KernelSet {
               const void *add, void *results);
   // One unit of a direct convolution on one image; null where masked loads are slow, or T is not A.
   void (*depthwise)(const Conv &conv, const Unit &unit, const void *input, void *output, const void *add);
-  // `scratch` has place for shape.row_elements of A.
-  void (*max_pool)(const PoolShape &shape, const void *input, void *output, int64_t planes, void *scratch);
+  // Rows of the output as `rows` says. `scratch` has place for shape.row_elements of A.
+  void (*max_pool)(const PoolShape &shape, const PlaneRows &rows, const void *input, void *output, void *scratch);
   // output = activation(a + b) for `count` elements of T; `b` may be null.
   void (*add_activate)(const void *a, const void *b, void *output, int64_t count, Activation activation);
 };

@@ -25,16 +25,16 @@ template <class A> inline Vec<A> load_strided(const A *from, int64_t stride, int
 }
 
 template <class T, class A>
-void max_pool(const PoolShape &s, const void *input, void *output, int64_t planes, void *scratch) {
+void max_pool(const PoolShape &s, const PlaneRows &rows, const void *input, void *output, void *scratch) {
   constexpr int N = kLanes<A>;
   const A lowest = -A(__builtin_inf());
   A *row = (A *)scratch, *inside = row + s.pad[1];
   for (int64_t i = 0; i < s.row_elements; ++i)
     row[i] = lowest;
-  const T *in = (const T *)input;
-  T *out = (T *)output;
-  for (int64_t plane = 0; plane < planes; ++plane, in += s.height * s.width)
-    for (int64_t oy = 0; oy < s.out_height; ++oy, out += s.out_width) {
+  for (int64_t plane = 0; plane < rows.planes; ++plane) {
+    const T *in = (const T *)input + plane * rows.input_plane;
+    T *out = (T *)output + plane * rows.output_plane + rows.first * s.out_width;
+    for (int64_t oy = rows.first; oy < rows.last; ++oy, out += s.out_width) {
       const int64_t top = oy * s.stride[0] - s.pad[0];
       for (int64_t x = 0; x < s.width; x += N) {
         const int valid = int(minimum(N, s.width - x));
@@ -55,6 +55,7 @@ void max_pool(const PoolShape &s, const void *input, void *output, int64_t plane
         store_lanes(out + x, best, 0, valid);
       }
     }
+  }
 }
 
 // output = activation(a + b); b may be null.

@@ -35,12 +35,11 @@ inline void find_rows(const Conv &conv, const Unit &unit, const A *cells, T *out
   rows.has_residual = false;
   for (int64_t p = 0; p < unit.panels; ++p)
     rows.weights[p] = (const A *)conv.values + panel[p * kPanelFields + kFirstValue];
-  const int64_t plane = conv.shape.out_height * conv.shape.out_width;
   for (int64_t lane = 0; lane < rows.lanes; ++lane) {
     const int64_t *row = rows.table + lane * kRowFields, channel = row[kOutChannel];
     const bool used = channel >= 0;
-    rows.outputs[lane] = used ? output + channel * plane : nullptr;
-    rows.adds[lane] = used && add != nullptr ? add + channel * plane : nullptr;
+    rows.outputs[lane] = used ? output + channel * conv.shape.output_plane : nullptr;
+    rows.adds[lane] = used && add != nullptr ? add + channel * conv.shape.add_plane : nullptr;
     rows.bias[lane] = used && conv.bias != nullptr ? A(to_accumulator(((const T *)conv.bias)[channel])) : A(0);
     rows.has_residual |= row[kResidualCount] > 0;
   }
