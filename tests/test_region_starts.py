@@ -27,7 +27,7 @@ class Net(nn.Module):
 
     def __init__(self, forward: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(4, 8, 3, padding=1)
+        self.stem = nn.Conv2d(4, 8, 7, padding=3)  # of more columns than join a region unpruned
         self.a = nn.Conv2d(4, 8, 3, padding=1)
         self.b = nn.Conv2d(8, 8, 3, padding=1)
         self.c = nn.Conv2d(8, 8, 1)
@@ -199,6 +199,34 @@ def test_an_unpruned_depthwise_convolution_joins_its_neighbours(stride: int) -> 
     assert same(fast, x)
 
 
+@pytest.mark.parametrize("size", [3, 7])
+def test_an_unpruned_stem_joins_what_follows(size: int) -> None:
+    """A convolution of images has few columns; it may be in the region, and other modes see its own weight."""
+
+    class Stemmed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, size, 2, size // 2)
+            self.body = nn.Conv2d(16, 24, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(F.max_pool2d(F.relu(self.stem(x)), 3, 2, 1))
+
+    model, x = Stemmed().eval(), torch.randn(1, 3, 21, 22)
+    fast = converted(model, x, "stem")
+    known = {site.name: site for _, site in sites.conv_sites(fast)}
+    assert (known["stem"].packed, known["stem"].mask, known["stem"].path) == ("stem.weight", None, "sparse")
+    assert regions(fast) == [3]
+    assert same(fast, x)
+    assert torch.equal(fxsparse.to_dense(fast).stem.weight, model.stem.weight)
+
+
+def test_nothing_joins_in_a_dense_model() -> None:
+    x = torch.randn(1, 8, 9, 11)
+    fast = converted(Inverted().eval(), x, "expand", "depthwise", "project")
+    assert {site.reason for _, site in sites.conv_sites(fast)} == {"no zeros in the weight"}
+
+
 def test_a_depthwise_convolution_comes_back_dense() -> None:
     model, x = Inverted().eval(), torch.randn(2, 8, 9, 11)
     masks = {name: mask for name, mask in random_masks(model, 0.15).items() if name != "depthwise"}
@@ -252,10 +280,10 @@ def test_an_unpruned_ordinary_convolution_stays_dense() -> None:
     class Grouped(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.expand = nn.Conv2d(8, 16, 1)
-            self.ordinary = nn.Conv2d(16, 16, 3, padding=1)
-            self.pairs = nn.Conv2d(16, 16, 3, padding=1, groups=8)
-            self.project = nn.Conv2d(16, 8, 1)
+            self.expand = nn.Conv2d(8, 20, 1)
+            self.ordinary = nn.Conv2d(20, 20, 3, padding=1)
+            self.pairs = nn.Conv2d(20, 20, 3, padding=1, groups=10)
+            self.project = nn.Conv2d(20, 8, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.project(self.pairs(self.ordinary(self.expand(x))))

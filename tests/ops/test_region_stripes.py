@@ -115,14 +115,31 @@ def test_large_weights_between_small_ones(threads: int) -> None:
         assert agrees(drawn, torch.randn(1, 8, height, 10), [2, 4, 5])
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+def test_depthwise_windows(size: int, stride: int, threads: int) -> None:
+    """Their kernel reads rows of up to three shares, 32 planes at a time; channels may have several rows each."""
+    torch.set_num_threads(threads)
+    around = (size // 2,) * 4
+    for height, multiplier in ((2 * threads * stride, 1), (31, 1), (24, 3)):
+        drawn = Drawn()
+        drawn.conv(0, (40, 8, 1, 1), 0.3, activation="relu")  # 1
+        shape = (40 * multiplier, 1, size, size)
+        drawn.conv(1, shape, 0.8, groups=40, stride=(stride, stride), padding=around, activation="relu6")  # 2
+        drawn.conv(2, (24, 40 * multiplier, 1, 1), 0.1)  # 3
+        drawn.conv(3, (24, 1, size, size), 1.0, groups=24, padding=around, add=3)  # 4
+        drawn.conv(0, (8, 1, size, size), 1.0, groups=8, stride=(stride, stride), padding=(0, 2, 1, 0))  # 5, an input
+        assert agrees(drawn, torch.randn(1, 8, height, 19), [4, 5], 2e-5)
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 def test_what_cannot_be_striped_beside_what_can(threads: int) -> None:
-    """Groups, depthwise windows and paddings that repeat the image."""
+    """Groups, dilated depthwise windows and paddings that repeat the image."""
     torch.set_num_threads(threads)
     around = (1, 1, 1, 1)
     drawn = Drawn()
     drawn.conv(0, (16, 8, 3, 3), 0.3, padding=around)  # 1
-    drawn.conv(1, (16, 1, 3, 3), 1.0, groups=16, padding=around, activation="relu6")  # 2
+    drawn.conv(1, (16, 1, 3, 3), 1.0, groups=16, dilation=(2, 2), padding=(2, 2, 2, 2), activation="relu6")  # 2
     drawn.conv(2, (16, 16, 1, 1), 0.3, add=1)  # 3
     drawn.conv(3, (16, 8, 3, 3), 0.3, groups=2, padding=around)  # 4
     for mode in ("reflect", "replicate", "circular"):

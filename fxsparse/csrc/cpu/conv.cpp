@@ -11,6 +11,8 @@ namespace {
 // Fewer columns than this are decoded by the calling thread.
 constexpr int64_t kSerialColumns = 8192;
 
+constexpr int64_t kPlanesAtOnce = 32, kCacheLine = 64;
+
 // One phase of a run.
 struct Call {
   const Conv &conv;
@@ -34,11 +36,52 @@ struct Call {
     conv.kernels->run(conv, unit, band, images, cells, output(n), add(n),
                       working + conv.at_results + worker * conv.worker_result_bytes);
   }
-  void run_direct(const Unit &unit, int64_t n) const {
-    conv.kernels->depthwise(conv, unit, input(n), output(n), add(n));
+  // Output channels [first, last) of an image.
+  void run_depthwise(int64_t n, int64_t first, int64_t last, int64_t worker) const {
+    auto **rows = reinterpret_cast<const void **>(buffer(worker));
+    find_rows(n, rows);
+    for (int64_t channel = first; channel < last; channel += kPlanesAtOnce) {
+      const int64_t end = std::min(channel + kPlanesAtOnce, last);
+      fetch_far_rows(n, channel, end);
+      conv.kernels->depthwise(conv, {channel, end, rows, output(n), add(n)});
+    }
   }
 
 private:
+  // Where the rows lie that the depthwise kernel reads of the first plane.
+  void find_rows(int64_t n, const void **rows) const {
+    const ConvShape &s = conv.shape;
+    const int64_t count = (conv.out_height - 1) * s.stride[0] + s.kernel[0];
+    const int64_t first = tensors.first_row * s.stride[0] - s.pad[0], row_bytes = s.width * conv.element_bytes;
+    std::fill_n(rows, count, nullptr);
+    for (const InputRows *in = tensors.inputs; in < tensors.inputs + tensors.num_inputs; ++in)
+      for (int64_t y = std::max(in->first, first); y < std::min(in->last, first + count); ++y)
+        rows[y - first] = image(in->at, s.channels, s.input_plane, n) + y * row_bytes;
+  }
+  // Reads what the neighbours of a stripe have made for some planes. A line takes over 100 ns from another core's
+  // cache, many at once hardly longer; one by one, between planes, they would double the time of small planes.
+  void fetch_far_rows(int64_t n, int64_t first_plane, int64_t last_plane) const {
+    const ConvShape &s = conv.shape;
+    if (tensors.num_inputs == 1)
+      return;
+    const int64_t first = tensors.first_row * s.stride[0] - s.pad[0];
+    const int64_t end = first + (conv.out_height - 1) * s.stride[0] + s.kernel[0],
+                  row_bytes = s.width * conv.element_bytes;
+    const auto rows_here = [=](const InputRows &in) { return std::min(in.last, end) - std::max(in.first, first); };
+    const auto fewer = [&](const InputRows &a, const InputRows &b) { return rows_here(a) < rows_here(b); };
+    const InputRows *own = std::max_element(tensors.inputs, tensors.inputs + tensors.num_inputs, fewer);
+    for (const InputRows *in = tensors.inputs; in < tensors.inputs + tensors.num_inputs; ++in)
+      for (int64_t plane = first_plane; in != own && plane < last_plane; ++plane) {
+        const char *at = image(in->at, s.channels, s.input_plane, n) +
+                         plane * s.channels / s.out_channels * s.input_plane * conv.element_bytes;
+        const char *begin = at + std::max(in->first, first) * row_bytes,
+                   *last = at + std::min(in->last, end) * row_bytes;
+        for (const char *line = begin; line < last; line += kCacheLine)
+          touch(line);
+        touch(last - 1);
+      }
+  }
+  static void touch(const char *line) { static_cast<void>(*static_cast<const volatile char *>(line)); }
   void *output(int64_t n) const {
     return const_cast<char *>(image(tensors.output, conv.shape.out_channels, conv.shape.output_plane, n));
   }
@@ -50,9 +93,8 @@ void fill_tables(Conv &c, char *memory) {
   const int64_t slot = c.group_images * c.plane;
   for (int64_t r = 0; r < c.shape.kernel[0]; ++r)
     for (int64_t s = 0; s < c.shape.kernel[1]; ++s)
-      *taps++ = c.direct ? uint32_t(r * c.shape.kernel[1] + s)
-                         : uint32_t((r % c.y.period * c.x.slots + s % c.x.period) * slot +
-                                    r * c.y.dilation / c.y.stride * c.x.cells + s * c.x.dilation / c.x.stride);
+      *taps++ = uint32_t((r % c.y.period * c.x.slots + s % c.x.period) * slot +
+                         r * c.y.dilation / c.y.stride * c.x.cells + s * c.x.dilation / c.x.stride);
   auto *cells = reinterpret_cast<int64_t *>(memory + c.at_rows);
   int64_t *outputs = cells + c.group_images * c.out_height;
   c.row_cell = cells;
@@ -82,7 +124,7 @@ void find_units(Conv &c, int64_t num_panels, char *memory) {
       ++panels;
     }
     int64_t unit_cost = panels * (panel[kColumnCount] * kColumnCost + kStoreCost);
-    if (c.has_residual && !c.direct) // whose units are alike, and whose rows are much to read
+    if (c.has_residual)
       for (int64_t lane = p * kPanelLanes; lane < (p + panels) * kPanelLanes; ++lane)
         unit_cost += c.rows[lane * kRowFields + kResidualCount] * kResidualCost;
     units[c.num_units] = {p, panels};
@@ -151,10 +193,6 @@ void run_by_group(const Call &call, int64_t worker) {
     const int64_t *middle = std::lower_bound(c.unit_middles, end, first - n * c.cost);
     for (; middle < end && *middle + n * c.cost < last; ++middle) {
       const Unit &unit = c.units[middle - c.unit_middles];
-      if (c.direct) {
-        call.run_direct(unit, n);
-        continue;
-      }
       const int64_t channel = c.panels[unit.first_panel * kPanelFields + kFirstChannel];
       if (channel < gathered || channel >= end_gathered) {
         gathered = channel;
@@ -170,6 +208,33 @@ void run_by_group(const Call &call, int64_t worker) {
       }
     }
   }
+}
+
+// A worker's planes of all images.
+void run_depthwise(const Call &call, int64_t worker) {
+  const Conv &c = call.conv;
+  const int64_t channels = c.shape.out_channels, total = c.shape.batch * channels;
+  const int64_t first = total * worker / c.workers, last = total * (worker + 1) / c.workers;
+  for (int64_t n = first / channels; n * channels < last; ++n)
+    call.run_depthwise(n, std::max<int64_t>(first - n * channels, 0), std::min(last - n * channels, channels), worker);
+}
+
+// The taps of some panels' rows, zeros among them.
+template <class A>
+void spread_taps(const PackedWeight &w, int64_t taps, int64_t first_panel, int64_t last_panel, A *spread) {
+  const auto *values = static_cast<const A *>(w.values);
+  for (int64_t p = first_panel; p < last_panel; ++p)
+    for (int64_t lane = 0; lane < kPanelLanes; ++lane) {
+      const int64_t *panel = w.panels + p * kPanelFields, *row = w.rows + (p * kPanelLanes + lane) * kRowFields;
+      if (row[kOutChannel] < 0)
+        continue;
+      A *to = spread + row[kOutChannel] * taps;
+      std::fill_n(to, taps, A(0));
+      for (int64_t k = 0; k < panel[kColumnCount]; ++k)
+        to[w.columns[panel[kFirstColumn] + k]] = values[panel[kFirstValue] + k * kPanelLanes + lane];
+      for (int64_t k = 0; k < row[kResidualCount]; ++k)
+        to[w.columns[row[kFirstResidual] + k]] = values[row[kFirstResidualValue] + k];
+    }
 }
 
 // The group of images that all workers share.
@@ -222,6 +287,10 @@ void prepare_conv(Conv &plan, const PackedWeight &weight, const void *bias, void
   plan.panels = weight.panels;
   plan.rows = weight.rows;
   plan.bias = bias;
+  if (plan.schedule == Schedule::kDepthwise) {
+    plan.values = at + plan.at_values;
+    return;
+  }
   plan.offsets = reinterpret_cast<const uint32_t *>(at + plan.at_offsets);
   plan.values = plan.kernels->widen ? at + plan.at_values : weight.values;
   fill_tables(plan, at);
@@ -232,6 +301,14 @@ void prepare_conv(Conv &plan, const PackedWeight &weight, const void *bias, void
 
 void decode_conv(const Conv &plan, const PackedWeight &weight, void *memory, int64_t worker, int64_t workers) {
   auto *at = static_cast<char *>(memory);
+  if (plan.schedule == Schedule::kDepthwise) {
+    const int64_t first = weight.num_panels * worker / workers, last = weight.num_panels * (worker + 1) / workers;
+    if (plan.shape.dtype == Dtype::kFloat64)
+      spread_taps(weight, plan.shape.weight_columns, first, last, reinterpret_cast<double *>(at + plan.at_values));
+    else
+      spread_taps(weight, plan.shape.weight_columns, first, last, reinterpret_cast<float *>(at + plan.at_values));
+    return;
+  }
   const auto *taps = reinterpret_cast<const uint32_t *>(at + plan.at_taps);
   plan.kernels->decode(plan, weight.columns, taps, weight.num_columns * worker / workers,
                        weight.num_columns * (worker + 1) / workers, reinterpret_cast<uint32_t *>(at + plan.at_offsets));
@@ -255,6 +332,8 @@ void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working,
     run_windows(call, worker);
   else if (plan.schedule == Schedule::kByGroup)
     run_by_group(call, worker);
+  else if (plan.schedule == Schedule::kDepthwise)
+    run_depthwise(call, worker);
   else if (!shares_gather(plan))
     run_share(call, nth_group(plan, phase), worker);
   else if (phase % 2 == 0)

@@ -37,19 +37,20 @@ template <class A> inline void fill_zeros(A *to, int64_t count) {
     store_lanes(to + i, Vec<A>{}, 0, int(count - i));
 }
 
-template <class A, size_t... I> inline Vec<A> even_lanes(Vec<A> a, Vec<A> b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (2 * I)...);
+// Lane i is lane 2 * i + First of both.
+template <class A, int First, size_t... I> inline Vec<A> every_second(Vec<A> a, Vec<A> b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + First)...);
 }
 
 // Lane i is element 2 * i, for lanes [first, last); the others are zero.
 template <class A> inline Vec<A> load_every_second(const A *from, int first, int last) {
   constexpr int N = kLanes<A>;
   if (first == 0 && last == N) // the very last element, at an odd place, may lie outside the row
-    return even_lanes<A>(load(from), load_lanes(from + N, 0, N - 1), std::make_index_sequence<N>());
+    return every_second<A, 0>(load(from), load_lanes(from + N, 0, N - 1), std::make_index_sequence<N>());
   const int begin = 2 * first, end = 2 * last - 1;
   const Vec<A> low = begin < N ? load_lanes(from, begin, end < N ? end : N) : Vec<A>{};
   const Vec<A> high = end > N ? load_lanes(from + N, begin > N ? begin - N : 0, end - N) : Vec<A>{};
-  return even_lanes<A>(low, high, std::make_index_sequence<N>());
+  return every_second<A, 0>(low, high, std::make_index_sequence<N>());
 }
 
 // One row of cells: [begin, end) lie inside the input, where `from` is the first of them; the others are zero.

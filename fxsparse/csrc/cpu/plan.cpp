@@ -112,27 +112,31 @@ bool plan_windows(const ConvShape &s, int64_t threads, Conv &c) {
   return true;
 }
 
-bool has_depthwise_kernel(const ConvShape &s) {
-  const int64_t size = s.kernel[0], stride = s.stride[0];
-  return (size == 3 || size == 5) && s.kernel[1] == size && (stride == 1 || stride == 2) && s.stride[1] == stride &&
-         s.dilation[0] == 1 && s.dilation[1] == 1 && s.mode == PaddingMode::kZeros;
+// Rows that the depthwise kernel is told of.
+int64_t depthwise_rows(const ConvShape &s) { return (s.out_height - 1) * s.stride[0] + s.kernel[0]; }
+
+bool plan_depthwise(const ConvShape &s, int64_t threads, Conv &c) {
+  if (!has_depthwise_kernel(s))
+    return false;
+  c.schedule = Schedule::kDepthwise;
+  c.workers = threads;
+  return true;
 }
 
-// Grouped convolutions, depthwise ones above all: the channels of one group stay in L1 or L2 from the gather to the
-// last of their units.
+// Grouped convolutions, also depthwise ones that have no kernel of their own: the channels of one group stay in L1 or
+// L2 from the gather to the last of their units.
 bool plan_by_group(const ConvShape &s, int64_t threads, Conv &c) {
   if (s.stripe)
     return false;
   const int64_t taps = s.kernel[0] * s.kernel[1], channels = s.weight_columns / taps;
-  c.direct = channels == 1 && has_depthwise_kernel(s) && c.kernels->depthwise != nullptr;
   const int64_t bytes = channels * c.y.slots * c.x.slots * c.plane * accumulator_bytes(s.dtype);
-  if (!c.direct && (channels == s.channels || c.in_place || bytes > kGroupBytes))
+  if (channels == s.channels || c.in_place || bytes > kGroupBytes)
     return false;
   c.schedule = Schedule::kByGroup;
   c.windows = 1;
   c.workers = threads;
   c.group_images = 1;
-  c.gathered_channels = c.direct ? 0 : channels * std::clamp<int64_t>(kGatherBytes / bytes, 1, s.channels / channels);
+  c.gathered_channels = channels * std::clamp<int64_t>(kGatherBytes / bytes, 1, s.channels / channels);
   return true;
 }
 
@@ -161,8 +165,6 @@ int64_t band_cells(const Conv &c, int64_t tiles) {
 
 void plan_bands(const ConvShape &s, Conv &c) {
   c.bands = 1;
-  if (c.direct)
-    return;
   c.channel_stride = c.in_place ? s.input_plane : c.y.slots * c.x.slots * c.group_images * c.plane;
   const int64_t slack = c.y.spill * c.x.cells + c.x.spill + 2 * kPanelLanes;
   c.buffer_elements = c.in_place ? 0 : c.gathered_channels * c.channel_stride + slack;
@@ -193,6 +195,14 @@ struct Pieces {
 void plan_memory(const ConvShape &s, const PackedWeight &w, Conv &c) {
   const int64_t accumulator = accumulator_bytes(s.dtype);
   Pieces prepared, working;
+  if (c.schedule == Schedule::kDepthwise) {
+    c.at_values = prepared.take(s.out_channels * s.weight_columns * accumulator);
+    c.worker_buffer_bytes = align_up(depthwise_rows(s) * int64_t(sizeof(void *)));
+    c.at_buffers = working.take(c.worker_buffer_bytes * c.workers);
+    c.prepared_bytes = prepared.bytes;
+    c.working_bytes = working.bytes;
+    return;
+  }
   c.at_offsets = prepared.take((w.num_columns + kColumnsAhead) * int64_t(sizeof(uint32_t)));
   c.at_taps = prepared.take(s.kernel[0] * s.kernel[1] * int64_t(sizeof(uint32_t)));
   c.at_rows = prepared.take(2 * c.group_images * c.out_height * int64_t(sizeof(int64_t)));
@@ -222,6 +232,13 @@ const KernelSet &kernels_for(Dtype dtype) {
   }
 }
 
+bool has_depthwise_kernel(const ConvShape &s) {
+  const int64_t size = s.kernel[0], stride = s.stride[0];
+  return s.weight_columns == size * size && (size == 3 || size == 5) && s.kernel[1] == size &&
+         (stride == 1 || stride == 2) && s.stride[1] == stride && s.dilation[0] == 1 && s.dilation[1] == 1 &&
+         s.mode == PaddingMode::kZeros && kernels_for(s.dtype).depthwise != nullptr;
+}
+
 int64_t group_tiles(const Conv &conv, int64_t images) {
   return ceil_div(images * conv.out_height, conv.tile_height) * conv.pieces;
 }
@@ -237,9 +254,11 @@ int64_t plan_conv(const ConvShape &shape, const PackedWeight &weight, int64_t th
   plan.has_residual = weight.num_values > block_values;
   plan_layout(shape, plan);
   plan.gathered_channels = shape.channels;
-  if (!plan_by_group(shape, threads, plan) && !plan_windows(shape, threads, plan))
-    plan_groups(shape, threads, plan);
-  plan_bands(shape, plan);
+  if (!plan_depthwise(shape, threads, plan)) {
+    if (!plan_by_group(shape, threads, plan) && !plan_windows(shape, threads, plan))
+      plan_groups(shape, threads, plan);
+    plan_bands(shape, plan);
+  }
   if (shape.channels * plan.channel_stride >= kMaxOffset)
     return -1;
   plan_memory(shape, weight, plan);

@@ -23,10 +23,10 @@ struct Unit {
   int64_t first_panel, panels;
 };
 
-// What a worker takes: whole images in groups; windows of an image's rows, each gathered by itself; or a share of the
-// tiles and units of a group that all workers gather together;
-// or units of images, for which it gathers the channels of their group alone.
-enum class Schedule { kImages, kWindows, kShared, kByGroup };
+// What a worker takes: whole images in groups; windows of an image's rows, each gathered by itself; a share of the
+// tiles and units of a group that all workers gather together; units of images, for which it gathers the channels of
+// their group alone; or planes for the depthwise kernel, which gathers nothing.
+enum class Schedule { kImages, kWindows, kShared, kByGroup, kDepthwise };
 
 // Max pooling of one plane; `row_elements` is what one padded row takes, with room to read past its end.
 struct PoolShape {
@@ -47,7 +47,6 @@ struct Conv {
   // Canonical input of a group of images: [channel][slot y][slot x][image][row][cell].
   Axis y, x;
   bool in_place; // the input is read where it lies: one row of height * width cells per image
-  bool direct;   // by the depthwise kernel, which needs no canonical input: `offsets` are taps
   int64_t group_images, gathered_channels, plane, channel_stride, buffer_elements;
   // Tiles: the valid rows of a group (group_images * out_height) in blocks of at most tile_height, each row in
   // `pieces` of at most the kernel set's positions.
@@ -70,12 +69,9 @@ struct Conv {
   const int64_t *unit_middles; // cost of all units before, plus half of the unit's own
   int64_t cost;                // of all units
   const int64_t *panels, *rows;
-  const void *values; // in the type of the accumulators
+  const void *values; // in the type of the accumulators; of the depthwise kernel: all taps of each row
   const void *bias;
 };
-
-// The depthwise kernel takes kernels of 3 x 3 and 5 x 5.
-constexpr int64_t kMostTaps = 25;
 
 // The kernels look so many columns ahead.
 constexpr int64_t kColumnsAhead = 4;
@@ -89,6 +85,15 @@ struct Band {
 struct Gathering {
   const InputRows *inputs;
   int64_t num_inputs, first_image, images, first, last, first_row;
+};
+
+// Rows [first, last) of the weight matrix, on one image. `rows`: of its first plane, what each row of the kernel reads
+// for each row of the output, or null for zeros.
+struct DepthwiseShare {
+  int64_t first, last;
+  const void *const *rows;
+  void *output;
+  const void *add;
 };
 
 // One instruction set's code for one dtype. `T` is the storage type, `A` the accumulators' (float for 16-bit T).
@@ -107,13 +112,16 @@ struct KernelSet {
   // at the group's first image.
   void (*run)(const Conv &conv, const Unit &unit, Band band, int64_t images, const void *cells, void *output,
               const void *add, void *results);
-  // One unit of a direct convolution on one image; null where masked loads are slow, or T is not A.
-  void (*depthwise)(const Conv &conv, const Unit &unit, const void *input, void *output, const void *add);
+  // Null where masked loads are slow, or T is not A.
+  void (*depthwise)(const Conv &conv, const DepthwiseShare &share);
   // Rows of the output as `rows` says. `scratch` has place for shape.row_elements of A.
   void (*max_pool)(const PoolShape &shape, const PlaneRows &rows, const void *input, void *output, void *scratch);
   // output = activation(a + b) for `count` elements of T; `b` may be null.
   void (*add_activate)(const void *a, const void *b, void *output, int64_t count, Activation activation);
 };
+
+// Tells whether the depthwise kernel computes a convolution.
+bool has_depthwise_kernel(const ConvShape &shape);
 
 // The kernels that this process uses.
 const KernelSet &kernels_for(Dtype dtype);

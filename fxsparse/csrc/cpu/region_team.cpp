@@ -67,8 +67,8 @@ int64_t shares_read(const Region &r, const RegionStep &step) {
 
 bool conv_is_striped(const Region &r, const RegionStep &step) {
   const ConvShape &s = step.conv;
-  if (s.mode != PaddingMode::kZeros || s.weight_columns != s.channels * s.kernel[0] * s.kernel[1] ||
-      s.out_height < kLeastRows * r.threads)
+  const bool grouped = s.weight_columns != s.channels * s.kernel[0] * s.kernel[1];
+  if (s.mode != PaddingMode::kZeros || (grouped && !has_depthwise_kernel(s)) || s.out_height < kLeastRows * r.threads)
     return false;
   // What a stripe reads of the weight beyond a share of it, against what it would read and write of others' values.
   const int64_t values = s.batch * (s.channels * s.height * s.width + s.out_channels * s.out_height * s.out_width);
