@@ -159,8 +159,8 @@ def compare(
             error = agreement[name].error
             raise RuntimeError(f"The arm '{name}' differs from the dense model by {error:.3g} (allowed {allowed:.3g}).")
     # An engine's threads spin for a while after a call, on the cores that the next arm wants.
-    settle = 1 if engines else 0
-    return Comparison(interleaved(arms, x.device, budget_s=budget_s, max_rounds=101, settle=settle), agreement)
+    settle_ms = 5.0 if engines else 0.0
+    return Comparison(interleaved(arms, x.device, budget_s=budget_s, max_rounds=101, settle_ms=settle_ms), agreement)
 
 
 def budget_arguments(parser: Any) -> None:

@@ -49,10 +49,10 @@ TARGETS: dict[str, dict[str, dict[float, float]]] = {
     },
     "unstructured": {"resnet50:224:1": {0.9: 2, 0.95: 3}, "resnet50:224:16": {0.9: 3, 0.95: 4}},
 }
-# A sample calls an arm until it lasts this long. One call before it is not timed: it finds another engine's data in the
-# caches, and its own threads asleep, which no program sees that runs one network.
+# A sample calls an arm until it lasts this long. The calls before it are not timed: they find another engine's data in
+# the caches, and its threads spinning on the cores, which no program sees that runs one network.
 _SAMPLE_MS = 10.0
-_SETTLE = 1
+_SETTLE_MS = 30.0
 _MAX_ROUNDS = 300
 _LEAST_LAYER_S = 0.05
 
@@ -226,7 +226,7 @@ def _arm(workload: Workload, model: nn.Module) -> Arm:
 
 def _time(arms: Mapping[str, Arm], budget_s: float) -> Timings:
     cpu = torch.device("cpu")
-    return interleaved(arms, cpu, budget_s=budget_s, max_rounds=_MAX_ROUNDS, sample_ms=_SAMPLE_MS, settle=_SETTLE)
+    return interleaved(arms, cpu, budget_s=budget_s, max_rounds=_MAX_ROUNDS, sample_ms=_SAMPLE_MS, settle_ms=_SETTLE_MS)
 
 
 def _zeros(single: bool) -> tuple[float, ...]:

@@ -36,6 +36,7 @@ class ConvertedModule(GraphModule):
     """A graph with conv sites: `train()` puts them in the mode TRAINING, and `eval()` back to what they were in."""
 
     _single_steps = False  # whether the code is that of the graph as it is, see `single_steps`
+    _kinds: frozenset[tuple[torch.device, torch.dtype]] = frozenset()  # of the tensors that the code was made for
     may_tile = True  # whether its convolutions may run on tiled weights, which nobody else brings up to date
 
     def train(self, mode: bool = True) -> ConvertedModule:
@@ -62,6 +63,7 @@ class ConvertedModule(GraphModule):
         if _follow not in self._load_state_dict_post_hooks.values():
             self.register_load_state_dict_post_hook(_follow)  # type: ignore[no-untyped-call]
         tiled_weights.detach(self)
+        self._kinds = _kinds(self)
         graph = self._graph
         self._graph = graph if self._single_steps else regions.executed(self)
         try:
@@ -116,7 +118,6 @@ class ConvertedModule(GraphModule):
         """Cast or move the tensors; masks and tables keep their dtype and, even under `to_empty`, their content."""
         tiled = tiled_weights.detach(self)  # in another dtype they lie in another order
         fixed = {name: sites.attribute(self, name) for name in _fixed_names(self)}
-        kinds = _kinds(self)
         before = {name: layouts.layout_of(weight) for name, weight in _dense_weights(self)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in fixed.items():
@@ -130,7 +131,7 @@ class ConvertedModule(GraphModule):
                 for node, site in sites.conv_sites(self):
                     if site.weight == name:
                         sites.update(node, weight_layout=layouts.layout_of(weight))
-        if tiled or _kinds(self) != kinds:  # whether and which regions there are depends on both
+        if tiled or _kinds(self) != self._kinds:
             self.recompile()
         return self
 
@@ -152,13 +153,16 @@ class ConvertedModule(GraphModule):
         )
 
 
-def _follow(gm: GraphModule, incompatible_keys: Any) -> None:
+def _follow(gm: ConvertedModule, incompatible_keys: Any) -> None:
     """Follow a state dict that was loaded: called by torch when all of the graph's modules have got theirs."""
+    if _kinds(gm) != gm._kinds:  # what it brought replaced tensors of the meta device
+        gm.recompile()
     tiled_weights.follow(gm)
 
 
-def _kinds(gm: GraphModule) -> set[tuple[torch.device, torch.dtype]]:
-    return {(tensor.device, tensor.dtype) for tensor in gm.buffers() if tensor.is_floating_point()}
+def _kinds(gm: GraphModule) -> frozenset[tuple[torch.device, torch.dtype]]:
+    """Return what decides whether and which regions there are."""
+    return frozenset((tensor.device, tensor.dtype) for tensor in gm.buffers() if tensor.is_floating_point())
 
 
 def _fixed_names(gm: GraphModule) -> list[str]:

@@ -54,7 +54,7 @@ class Group:
         if written is not None and len(written.users) > 1:  # the others see what is written; a step makes a new value
             return False
         # Any other step is one on what a step gave only: that is known to be contiguous.
-        return all(value in self.nodes for value in values) and self.other_step(gm, node, {}) is not None
+        return all(value in self.nodes for value in values) and other_step(gm, node, {}) is not None
 
     def is_followed_by(self, gm: GraphModule, node: Node) -> bool:
         """Tell whether a node, which is no step of this group, can be the first one of the next."""
@@ -66,7 +66,7 @@ class Group:
         if self.batch_inner and self._is_pooled(gm, node):
             return True
         alone = bool(node.users) and all(self._is_conv(gm, user) for user in node.users)
-        return alone and written_input(gm, node) is None and self.other_step(gm, node, {}) is not None
+        return alone and written_input(gm, node) is None and other_step(gm, node, {}) is not None
 
     def _is_conv(self, gm: GraphModule, node: Node) -> bool:
         """Tell whether a node is a sparse site that the kernel for such a region can run."""
@@ -81,12 +81,6 @@ class Group:
         if written is not None and (written.target is not torch.conv2d or len(written.users) > 1):
             return False
         return node_kinds.max_pool_of(gm, pool) is not None and self.is_followed_by(gm, pool)
-
-    def other_step(self, gm: GraphModule, node: Node, numbers: dict[Node, int]) -> region.Step | None:
-        """Return the step that a node is besides a convolution, or None; with {} for the numbers only whether."""
-        if self.batch_inner and node_kinds.averages_planes(gm, node):
-            return region.Average(numbers.get(_images(node)[0], 0))
-        return _other_step(gm, node, numbers)
 
     def add(self, node: Node) -> None:
         """Take a node."""
@@ -176,7 +170,7 @@ def _emit(gm: GraphModule, graph: Graph, group: Group, copies: dict[Node, Node])
     program: list[int] = []
     for node in group.nodes:
         is_conv = node.target is node_kinds.SPARSE
-        step = tensors.conv(node, numbers) if is_conv else group.other_step(gm, node, numbers)
+        step = tensors.conv(node, numbers) if is_conv else other_step(gm, node, numbers)
         assert step is not None
         program += step.numbers()
     results = [node for node in group.nodes if any(user not in group.nodes for user in node.users)]
@@ -259,9 +253,11 @@ class _Tensors:
         return self._numbers[node]
 
 
-def _other_step(gm: GraphModule, node: Node, numbers: dict[Node, int]) -> region.Step | None:
+def other_step(gm: GraphModule, node: Node, numbers: dict[Node, int]) -> region.Step | None:
     """Return the step that a node is besides a convolution, or None; with {} for the numbers only whether it is one."""
     images = _images(node)
+    if node_kinds.averages_planes(gm, node):
+        return region.Average(numbers.get(images[0], 0))
     activation = node_kinds.activation_of(gm, node)
     if activation is not None:
         return region.Add(numbers.get(images[0], 0), region.NONE, activation)

@@ -19,13 +19,13 @@ from fxsparse.errors import FxsparseError
 
 Result = TypeVar("Result")
 Arm = Callable[[], Any]
-Calls = Sequence[tuple[Arm, int]]  # what to call, and how often in a row
+Calls = Sequence[tuple[Arm, int, int]]  # what to call, how often before it is timed, and how often in a row then
 
 
 class Clock(Protocol):
-    """Gives the milliseconds of one call, for each of the calls; before each come some that are not timed."""
+    """Gives the milliseconds of one call, for each of the calls."""
 
-    def __call__(self, calls: Calls, settle: int = 0) -> list[float]:
+    def __call__(self, calls: Calls) -> list[float]:
         """Call and time."""
 
 
@@ -143,7 +143,7 @@ def interleaved(
     max_rounds: int = 60,
     sample_ms: float = 0.3,
     cold: bool = True,
-    settle: int = 0,
+    settle_ms: float = 0.0,
     stop: Callable[[Timings], bool] | None = None,
 ) -> Timings:
     """Time several callables against each other, in inference mode.
@@ -160,6 +160,8 @@ def interleaved(
         sample_ms: a sample repeats the call until it lasts about this long, so that the clock's step does not show.
         cold: flush the L2 cache of a CUDA device before each sample, which is then a single call: in a model, other
             layers ran since this one's data was last used. Without effect on other devices.
+        settle_ms: before each sample the call is repeated for about this long, once at the least, and not timed: until
+            it has forgotten the arm before, whose data is in the caches and whose threads may still spin.
         stop: is asked after each round from `min_rounds` on; True ends the measurement.
 
     Returns:
@@ -177,13 +179,14 @@ def interleaved(
     with torch.inference_mode():
         clock = _cuda_clock(device, cold) if on_cuda else _cpu_clock
         share_s = _WARM_UP_SHARE * budget_s / max(len(arms), 1)
-        calls = [(arm, _warm_up(arm, clock, share_s, sample_ms, most)) for arm in arms.values()]
+        repeats = [_warm_up(arm, clock, share_s, sample_ms, most) for arm in arms.values()]
+        calls = [(arm, math.ceil(k * settle_ms / sample_ms), k) for arm, k in zip(arms.values(), repeats, strict=True)]
         samples: dict[str, list[float]] = {name: [] for name in arms}
         names = list(arms)
         start = time.perf_counter()
         for i in range(max_rounds):
             turn = order(len(names), i)
-            times = clock([calls[k] for k in turn], settle)
+            times = clock([calls[k] for k in turn])
             for k, ms in zip(turn, times, strict=True):
                 samples[names[k]].append(max(ms, _SHORTEST_MS))
             if i + 1 < min_rounds:
@@ -208,7 +211,7 @@ def one_round(arms: Mapping[str, Arm], device: torch.device, index: int, *, cold
     clock = _cuda_clock(device, cold) if device.type == "cuda" else _cpu_clock
     names = list(arms)
     turn = order(len(names), index)
-    times = clock([(arms[names[k]], 1) for k in turn])
+    times = clock([(arms[names[k]], 0, 1) for k in turn])
     return {names[k]: max(ms, _SHORTEST_MS) for k, ms in zip(turn, times, strict=True)}
 
 
@@ -222,7 +225,7 @@ def one_call(arm: Callable[[], Result], device: torch.device, *, cold: bool = Tr
     """
     result = []
     clock = _cuda_clock(device, cold) if device.type == "cuda" else _cpu_clock
-    (ms,) = clock([(lambda: result.append(arm()), 1)])
+    (ms,) = clock([(lambda: result.append(arm()), 0, 1)])
     return max(ms, _SHORTEST_MS), result[0]
 
 
@@ -268,7 +271,7 @@ def _warm_up(arm: Arm, clock: Clock, share_s: float, sample_ms: float, most: int
     repeats = 1
     start = time.perf_counter()
     while len(times) < _WARM_UP_SAMPLES:
-        times += clock([(arm, repeats)])
+        times += clock([(arm, 0, repeats)])
         repeats = max(1, min(most, int(sample_ms / max(times[-1], _SHORTEST_MS))))
         if _is_stable(times) or time.perf_counter() - start > share_s:
             break
@@ -290,9 +293,9 @@ def order(count: int, index: int) -> list[int]:
     return order if index // max(count, 1) % 2 == 0 else order[::-1]
 
 
-def _cpu_clock(calls: Calls, settle: int = 0) -> list[float]:
+def _cpu_clock(calls: Calls) -> list[float]:
     times = []
-    for arm, repeats in calls:
+    for arm, settle, repeats in calls:
         for _ in itertools.repeat(None, settle):
             arm()
         start = time.perf_counter()
@@ -307,10 +310,10 @@ def _cuda_clock(device: torch.device, cold: bool) -> Clock:
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(2 * cache if cold else 0, dtype=torch.uint8, device=device)
 
-    def clock(calls: Calls, settle: int = 0) -> list[float]:
+    def clock(calls: Calls) -> list[float]:
         stream = torch.cuda.current_stream(device)
         spans = []
-        for arm, repeats in calls:
+        for arm, settle, repeats in calls:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             for _ in itertools.repeat(None, settle):
                 arm()

@@ -69,6 +69,8 @@ def same(fast: ConvertedModule, x: Tensor) -> bool:
         (lambda m, x: m.b(m.pool(m.a(x))), [3]),
         (lambda m, x: F.max_pool2d(m.b(m.a(x)), 3, 2, 1, ceil_mode=True), [3]),
         (lambda m, x: torch.max_pool2d(m.a(x), (2, 1), stride=(1, 2)), [2]),
+        (lambda m, x: F.adaptive_avg_pool2d(m.b(F.relu(m.a(x))), 1).flatten(1), [3]),
+        (lambda m, x: m.b(F.adaptive_avg_pool2d(y := m.a(x), (1, 1))) * y, [3]),
         # The addition of two pooled values is a step of its own, and so is its activation.
         (lambda m, x: F.relu(m.pool(m.a(x)) + m.pool(m.side(x))), [6]),
         (lambda m, x: m.b(y := m.a(x)) + m.c(y), [3]),
@@ -101,6 +103,7 @@ def test_regions_are_found(forward: Callable[..., Tensor], steps: list[int]) -> 
         lambda m, x: F.max_pool2d(m.a(x), 2, return_indices=True)[0],
         lambda m, x: F.max_pool2d(m.a(x), x.shape[-1]),
         lambda m, x: F.avg_pool2d(m.a(x), 2),
+        lambda m, x: F.adaptive_avg_pool2d(m.a(x), (1, 2)),
         lambda m, x: m.b(m.a(x).mul_(2)),
     ],
 )

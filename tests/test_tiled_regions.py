@@ -36,7 +36,7 @@ class Net(nn.Module):
 
     def __init__(self, forward: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stem = nn.Conv2d(3, 8, 9, padding=4)  # of more columns than join a region unpruned
         self.pool = nn.MaxPool2d(2)
         self.a = nn.Conv2d(8, 40, 3, padding=1)
         self.b = nn.Conv2d(40, 40, 3, padding=1)

@@ -128,7 +128,7 @@ def test_short_arms_are_repeated_until_a_sample_lasts(clock: Clock) -> None:
 
 def test_a_sample_that_settles_times_none_of_the_calls_before_it(clock: Clock) -> None:
     arm = clock.arm("a", 8.0, 8.0, *(8.0, 1.0) * 3)  # to begin with, to count the repeats, and cold and warm in turn
-    times = interleaved({"a": arm}, CPU, min_rounds=3, max_rounds=3, sample_ms=1.0, budget_s=1e-9, settle=1)
+    times = interleaved({"a": arm}, CPU, min_rounds=3, max_rounds=3, sample_ms=1.0, budget_s=1e-9, settle_ms=1.0)
     assert times.samples["a"] == pytest.approx((1.0, 1.0, 1.0))
     assert len(clock.calls) == 2 + 3 * 2
 

@@ -219,7 +219,7 @@ def _options(
 
 def _is_step(gm: GraphModule, node: Node, found: Measurements) -> bool:
     """Tell whether a region on CUDA can do a node, as a step or as an epilogue, where all around it is in it."""
-    if node_kinds.does_nothing(gm, node) or regions.Group(batch_inner=True).other_step(gm, node, {}) is not None:
+    if node_kinds.does_nothing(gm, node) or regions.other_step(gm, node, {}) is not None:
         return True
     # An addition counts by the shapes seen: its inputs come from sparse convolutions only once these are chosen.
     inputs = node.all_input_nodes

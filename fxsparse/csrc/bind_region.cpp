@@ -40,9 +40,7 @@ private:
     else if (from.kind == ProgramKind::kMaxPool)
       max_pool(program, from, step);
     else
-      step.kind = StepKind::kAdd;
-    STD_TORCH_CHECK(from.kind != ProgramKind::kAverage, "The region has a step of kind ", int64_t(from.kind),
-                    ", which `region_batch_inner` alone has");
+      step.kind = from.kind == ProgramKind::kAdd ? StepKind::kAdd : StepKind::kAverage;
     region.steps.push_back(step);
   }
 

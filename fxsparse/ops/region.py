@@ -110,7 +110,7 @@ class Add(NamedTuple):
 
 
 class Average(NamedTuple):
-    """The mean of each plane, as a plane of one pixel; in `region_batch_inner` alone."""
+    """The mean of each plane, as a plane of one pixel."""
 
     input: int
 

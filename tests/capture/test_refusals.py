@@ -223,7 +223,7 @@ class Shapes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(4, 16, 3, padding=1)
+        self.conv = nn.Conv2d(4, 20, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] > 4:
@@ -235,7 +235,7 @@ class Shapes(nn.Module):
 def test_an_exported_model_trains_evaluates_autocasts_and_has_its_weights_folded() -> None:
     model, x = Shapes().eval(), torch.randn(2, 4, 8, 8)
     settings = fxsparse.Settings(calibrate=False, capture="export")
-    fast = fxsparse.convert(model, {"conv": torch.rand(16, 4, 3, 3) < 0.1}, example_inputs=x, settings=settings)
+    fast = fxsparse.convert(model, {"conv": torch.rand(20, 4, 3, 3) < 0.1}, example_inputs=x, settings=settings)
     assert [row.reason for row in fast.report.rows if row.path == "vanilla"] == ["no zeros in the weight"]
     fast.train()
     fast.eval()

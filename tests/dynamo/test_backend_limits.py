@@ -226,4 +226,4 @@ def test_a_real_model_end_to_end() -> None:
     report = only_report(fast)
     assert len(report.rows) == 20
     assert report.sparse == 19
-    assert report.row("conv1").reason == "no zeros in the weight"
+    assert report.row("conv1").reason == "estimate 1.60x the dense time; not measured"  # may join what follows

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from region_cases import Drawn, close, residual_net
 
 import fxsparse
-from fxsparse.ops.region import ACTIVATIONS, NONE, PADDING_MODES, Add, MaxPool, reference, steps_of
+from fxsparse.ops.region import ACTIVATIONS, NONE, PADDING_MODES, Add, Average, MaxPool, reference, steps_of
 
 compiled = pytest.mark.skipif(fxsparse.capabilities().cpu == "reference", reason="the compiled operators are not built")
 
@@ -123,6 +123,30 @@ def test_random_regions(threads: object, data: st.DataObject) -> None:
         planes.append((shape[2], shape[3]))
     outputs = data.draw(st.lists(st.integers(1, len(planes) - 1), min_size=1, unique=True))
     assert close(drawn.run([x], outputs), drawn.oracle([x], outputs), 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "relative"),
+    [(torch.float32, 1e-5), (torch.float64, 1e-13), (torch.bfloat16, 0.06), (torch.float16, 0.008)],
+)
+def test_means_of_planes(dtype: torch.dtype, relative: float, threads: object) -> None:
+    """Of a region's own values and of its input, read by a convolution, and as its result."""
+    drawn = Drawn()
+    drawn.dtype = dtype
+    drawn.conv(0, (24, 8, 3, 3), padding=(1, 1, 1, 1))  # 1
+    drawn.steps.append(Average(1))  # 2
+    drawn.conv(2, (24, 24, 1, 1), activation="silu")  # 3
+    drawn.conv(0, (24, 8, 1, 1))  # 4
+    drawn.conv(4, (24, 24, 3, 3), padding=(1, 1, 1, 1))  # 5: reads on what is averaged, too
+    drawn.steps.append(Average(4))  # 6
+    drawn.steps.append(Average(0))  # 7
+    drawn.steps.append(Average(3))  # 8: of one pixel
+    for count in (1, 2, 3):
+        threads(count)  # type: ignore[operator]
+        for batch, size in ((1, (7, 7)), (1, (5, 33)), (3, (16, 16)), (8, (1, 2))):
+            x = torch.randn(batch, 8, *size).to(dtype)
+            outputs = [2, 3, 5, 6, 7, 8]
+            assert close(drawn.run([x], outputs), drawn.oracle([x], outputs), relative)
 
 
 def test_nan_and_infinity_pass_a_maximum() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from region_cases import Drawn, batch_inner_net, close, residual_net
+from region_cases import batch_inner_net, close, residual_net
 from torch import Tensor
 
 from fxsparse.ops.region import Average, reference_batch_inner, steps_of
@@ -50,14 +50,6 @@ def test_the_program_comes_back_as_it_was() -> None:
     drawn = batch_inner_net()
     assert list(steps_of(drawn.program)) == drawn.steps
     assert Average(4).numbers() == [3, 4]
-
-
-def test_a_cpu_region_has_no_mean_of_planes() -> None:
-    drawn, x = Drawn(), torch.randn(2, 8, 6, 6)
-    drawn.conv(0, (16, 8, 3, 3))
-    drawn.steps.append(Average(1))
-    with pytest.raises(RuntimeError, match="kind 3, which `region_batch_inner` alone has"):
-        drawn.run([x], [2])
 
 
 @pytest.mark.parametrize("last", [(), (3,)])

@@ -162,6 +162,51 @@ inline void gather_mapped(const Axis &ay, const Axis &ax, PaddingMode mode, cons
   }
 }
 
+#if defined(__AVX512F__)
+// How a narrow plane becomes its cells, a vector at a time: the cells of a vector that lie inside the plane are
+// elements in a row of it, so one load spreads them.
+struct NarrowPlane {
+  static constexpr int64_t kMostVectors = 32;
+  int64_t vectors;
+  uint32_t inside[kMostVectors];
+  int64_t first[kMostVectors]; // of the elements
+
+  // Whether a plane, of which all rows are there, is one.
+  template <class T, class A> static bool is_one(const Conv &conv, const Gathering &what) {
+    const Axis &ay = conv.y, &ax = conv.x;
+    const RowShape row = row_shape(ax, 0, 0);
+    return sizeof(T) == sizeof(A) && conv.shape.mode == PaddingMode::kZeros && ay.stride == 1 && ax.stride == 1 &&
+           row.end - row.begin == ax.input && row.cells <= kLanes<A> && conv.plane <= kMostVectors * kLanes<A> &&
+           what.num_inputs == 1 && what.first_row == 0 && what.inputs[0].first == 0 && what.inputs[0].last == ay.input;
+  }
+
+  template <class A> static NarrowPlane make(const Conv &conv) {
+    constexpr int64_t N = kLanes<A>;
+    const RowShape rows = row_shape(conv.y, 0, 0), row = row_shape(conv.x, 0, 0);
+    NarrowPlane plane = {};
+    plane.vectors = (conv.plane + N - 1) / N;
+    for (int64_t y = rows.begin; y < rows.end; ++y) { // a row lies in two vectors at the most
+      const int64_t cell = y * row.cells + row.begin, vector = cell / N;
+      const uint64_t bits = ((uint64_t(1) << (row.end - row.begin)) - 1) << cell % N;
+      plane.inside[vector] |= uint32_t(bits & ((uint64_t(1) << N) - 1));
+      if (bits >> N)
+        plane.inside[vector + 1] |= uint32_t(bits >> N);
+    }
+    int64_t first = (rows.begin - conv.y.before) * conv.x.input;
+    for (int64_t i = 0; i < plane.vectors; ++i) {
+      plane.first[i] = first;
+      first += __builtin_popcount(plane.inside[i]);
+    }
+    return plane;
+  }
+
+  template <class A> void spread(const A *from, A *to, int64_t cells) const {
+    for (int64_t i = 0; i < vectors; ++i, to += kLanes<A>)
+      store_lanes(to, load_spread(from + first[i], inside[i]), 0, int(minimum(kLanes<A>, cells - i * kLanes<A>)));
+  }
+};
+#endif
+
 // Channels whose phases are found together: few, so that a plane is still in the cache for its next phase.
 constexpr int64_t kGatherChannels = 8;
 
@@ -169,6 +214,10 @@ template <class T, class A> void gather_input(const Conv &conv, const Gathering 
   const Axis ay = conv.y, ax = conv.x;
   const bool zeros = conv.shape.mode == PaddingMode::kZeros;
   const int64_t plane = conv.shape.input_plane, group_plane = conv.group_images * conv.plane;
+#if defined(__AVX512F__)
+  const bool is_narrow = NarrowPlane::is_one<T, A>(conv, what);
+  const NarrowPlane narrow = is_narrow ? NarrowPlane::make<A>(conv) : NarrowPlane{};
+#endif
   for (int64_t block = what.first; block < what.last; block += kGatherChannels) {
     const int64_t channels = minimum(what.last - block, kGatherChannels);
     A *block_to = (A *)buffer + block * conv.channel_stride;
@@ -178,6 +227,14 @@ template <class T, class A> void gather_input(const Conv &conv, const Gathering 
       for (int64_t image = 0; image < what.images; ++image) {
         const int64_t from = ((what.first_image + image) * conv.shape.channels + block) * plane;
         A *to = block_to + image * conv.plane;
+#if defined(__AVX512F__)
+        if constexpr (sizeof(T) == sizeof(A))
+          if (is_narrow) {
+            for (int64_t channel = 0; channel < channels; ++channel, to += conv.channel_stride)
+              narrow.spread((const T *)what.inputs[0].at + from + channel * plane, to, conv.plane);
+            continue;
+          }
+#endif
         for (int64_t channel = 0; channel < channels; ++channel, to += conv.channel_stride)
           if (zeros) {
             fill_zeros(to, rows.begin * ax.cells);

@@ -30,6 +30,7 @@ template <class T> constexpr KernelSet make_kernel_set() {
     set.depthwise = run_depthwise<A>;
 #endif
   set.max_pool = max_pool<T, A>;
+  set.average = average_planes<T, A>;
   set.add_activate = add_activate<T, A>;
   return set;
 }

@@ -116,6 +116,8 @@ struct KernelSet {
   void (*depthwise)(const Conv &conv, const DepthwiseShare &share);
   // Rows of the output as `rows` says. `scratch` has place for shape.row_elements of A.
   void (*max_pool)(const PoolShape &shape, const PlaneRows &rows, const void *input, void *output, void *scratch);
+  // The mean of each of so many planes of `count` elements, which are so far apart.
+  void (*average)(int64_t count, const PlaneRows &planes, const void *input, void *output);
   // output = activation(a + b) for `count` elements of T; `b` may be null.
   void (*add_activate)(const void *a, const void *b, void *output, int64_t count, Activation activation);
 };

@@ -1,4 +1,4 @@
-// Max pooling, and additions and activations of whole tensors: what stands between convolutions.
+// Poolings, and additions and activations of whole tensors: what stands between convolutions.
 //
 // Memory-bound: each input is read once for each window row that covers it. A window's rows are reduced first, by
 // vectors along the row, then its columns.
@@ -9,8 +9,12 @@
 
 namespace fxsparse::FXSPARSE_ISA {
 
-// The larger one, or NaN, as in PyTorch.
-template <class A> inline Vec<A> larger(Vec<A> a, Vec<A> b) { return (a > b) | (a != a) ? a : b; }
+// The larger one. With a NaN it is NaN, as in PyTorch, if Exact; else either.
+template <bool Exact, class A> inline Vec<A> larger(Vec<A> a, Vec<A> b) {
+  if constexpr (Exact)
+    return (a > b) | (a != a) ? a : b;
+  return a > b ? a : b; // one instruction
+}
 
 // Lane i is from[i * stride], for `count` lanes; reads at most two vectors from `from` on where stride <= 2.
 template <class A> inline Vec<A> load_strided(const A *from, int64_t stride, int count) {
@@ -24,37 +28,69 @@ template <class A> inline Vec<A> load_strided(const A *from, int64_t stride, int
   return v;
 }
 
-template <class T, class A>
-void max_pool(const PoolShape &s, const PlaneRows &rows, const void *input, void *output, void *scratch) {
+// Rows [first, last) of one plane's output. Tells whether all that was read is finite, unless Exact.
+template <bool Exact, class T, class A>
+bool pool_plane(const PoolShape &s, int64_t first, int64_t last, const T *in, T *out, A *row) {
   constexpr int N = kLanes<A>;
   const A lowest = -A(__builtin_inf());
-  A *row = (A *)scratch, *inside = row + s.pad[1];
+  A *inside = row + s.pad[1];
+  Vec<A> probe = {}; // NaN once something was not finite
+  for (int64_t oy = first; oy < last; ++oy, out += s.out_width) {
+    const int64_t top = oy * s.stride[0] - s.pad[0];
+    for (int64_t x = 0; x < s.width; x += N) {
+      const int valid = int(minimum(N, s.width - x));
+      Vec<A> best = broadcast(lowest);
+      for (int64_t i = 0; i < s.kernel[0]; ++i) {
+        const int64_t y = top + i * s.dilation[0];
+        if (y < 0 || y >= s.height)
+          continue;
+        const Vec<A> cell = load_lanes(in + y * s.width + x, 0, valid);
+        best = larger<Exact, A>(cell, best);
+        if (!Exact)
+          probe += cell * A(0);
+      }
+      store_lanes(inside + x, best, 0, valid);
+    }
+    for (int64_t x = 0; x < s.out_width; x += N) {
+      const int valid = int(minimum(N, s.out_width - x));
+      const A *from = row + x * s.stride[1];
+      Vec<A> best = load_strided<A>(from, s.stride[1], valid);
+      for (int64_t j = 1; j < s.kernel[1]; ++j)
+        best = larger<Exact, A>(load_strided<A>(from + j * s.dilation[1], s.stride[1], valid), best);
+      store_lanes(out + x, best, 0, valid);
+    }
+  }
+  A sum = 0;
+  for (int lane = 0; lane < N; ++lane)
+    sum += probe[lane];
+  return sum == sum;
+}
+
+template <class T, class A>
+void max_pool(const PoolShape &s, const PlaneRows &rows, const void *input, void *output, void *scratch) {
+  A *row = (A *)scratch;
   for (int64_t i = 0; i < s.row_elements; ++i)
-    row[i] = lowest;
+    row[i] = -A(__builtin_inf());
   for (int64_t plane = 0; plane < rows.planes; ++plane) {
     const T *in = (const T *)input + plane * rows.input_plane;
     T *out = (T *)output + plane * rows.output_plane + rows.first * s.out_width;
-    for (int64_t oy = rows.first; oy < rows.last; ++oy, out += s.out_width) {
-      const int64_t top = oy * s.stride[0] - s.pad[0];
-      for (int64_t x = 0; x < s.width; x += N) {
-        const int valid = int(minimum(N, s.width - x));
-        Vec<A> best = broadcast(lowest);
-        for (int64_t i = 0; i < s.kernel[0]; ++i) {
-          const int64_t y = top + i * s.dilation[0];
-          if (y >= 0 && y < s.height)
-            best = larger<A>(load_lanes(in + y * s.width + x, 0, valid), best);
-        }
-        store_lanes(inside + x, best, 0, valid);
-      }
-      for (int64_t x = 0; x < s.out_width; x += N) {
-        const int valid = int(minimum(N, s.out_width - x));
-        const A *from = row + x * s.stride[1];
-        Vec<A> best = load_strided<A>(from, s.stride[1], valid);
-        for (int64_t j = 1; j < s.kernel[1]; ++j)
-          best = larger<A>(load_strided<A>(from + j * s.dilation[1], s.stride[1], valid), best);
-        store_lanes(out + x, best, 0, valid);
-      }
-    }
+    if (!pool_plane<false, T, A>(s, rows.first, rows.last, in, out, row))
+      pool_plane<true, T, A>(s, rows.first, rows.last, in, out, row);
+  }
+}
+
+template <class T, class A>
+void average_planes(int64_t count, const PlaneRows &planes, const void *input, void *output) {
+  constexpr int N = kLanes<A>;
+  for (int64_t plane = 0; plane < planes.planes; ++plane) {
+    const T *in = (const T *)input + plane * planes.input_plane;
+    Vec<A> sum = {};
+    for (int64_t i = 0; i < count; i += N)
+      sum += load_lanes(in + i, 0, int(minimum(N, count - i)));
+    A total = 0;
+    for (int lane = 0; lane < N; ++lane)
+      total += sum[lane];
+    store_lanes((T *)output + plane * planes.output_plane, broadcast(total / A(count)), 0, 1);
   }
 }
 

@@ -23,7 +23,7 @@ struct RegionValue {
   int64_t share_bytes; // of a value that is split among a team by its rows: what one has, or 0
 };
 
-enum class StepKind { kConv, kMaxPool, kAdd };
+enum class StepKind { kConv, kMaxPool, kAdd, kAverage };
 
 struct RegionStep {
   StepKind kind;

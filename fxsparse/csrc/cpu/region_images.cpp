@@ -110,6 +110,8 @@ private:
     char *output = place(step.output, n);
     if (step.kind == StepKind::kMaxPool)
       kernels.max_pool(step.pool, {planes, in.plane, out.plane, 0, out.height}, input, output, scratch_);
+    else if (step.kind == StepKind::kAverage)
+      kernels.average(in.height * in.width, {planes, in.plane, out.plane, 0, 1}, input, output);
     else
       kernels.add_activate(input, place(step.add, n), output, planes * out.plane, step.activation);
   }

@@ -98,8 +98,10 @@ void choose_planes(Region &r) {
   for (size_t v = 0; v < r.values.size(); ++v)
     split[v] = is_own(r.values[v]) && uses.made[v] >= 0 && r.steps[uses.made[v]].striped;
   for (const RegionStep &step : r.steps) {
-    const bool here = step.kind == StepKind::kConv ? shares_read(r, step) <= kMostOthers : !reads_others(r, step);
-    if (!step.striped || !here)
+    const auto reads_few = [&] {
+      return step.kind == StepKind::kConv ? shares_read(r, step) <= kMostOthers : !reads_others(r, step);
+    };
+    if (!step.striped || !reads_few())
       split[step.input] = false;
     if (!step.striped && step.add >= 0)
       split[step.add] = false;
@@ -292,6 +294,8 @@ private:
     if (step.kind == StepKind::kMaxPool)
       return kernels.max_pool(step.pool, {last - first, in.plane, out.plane, rows.first, rows.last}, input, output,
                               own_scratch(worker));
+    if (step.kind == StepKind::kAverage)
+      return kernels.average(in.height * in.width, {last - first, in.plane, out.plane, 0, 1}, input, output);
     const char *add = step.add < 0 ? nullptr : place(step.add, worker);
     const int64_t add_plane = step.add < 0 ? 0 : r_.values[step.add].plane;
     const int64_t skipped = row_bytes(step.output, rows.first), count = (rows.last - rows.first) * out.width;

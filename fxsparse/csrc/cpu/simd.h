@@ -170,6 +170,13 @@ inline Vec<double> load_lanes(const double *p, int begin, int end) {
 template <class H> inline Vec<float> load_half_lanes(const H *p, int begin, int end) {
   return widen((HalfVec)_mm256_maskz_loadu_epi16(__mmask16(lane_mask(begin, end)), p), H{});
 }
+// The next elements go to the lanes in `mask`, zeros to the others; only these elements' memory is touched.
+inline Vec<float> load_spread(const float *p, uint32_t mask) {
+  return (Vec<float>)_mm512_maskz_expandloadu_ps(__mmask16(mask), p);
+}
+inline Vec<double> load_spread(const double *p, uint32_t mask) {
+  return (Vec<double>)_mm512_maskz_expandloadu_pd(__mmask8(mask), p);
+}
 inline void store_lanes(float *p, Vec<float> v, int begin, int end) {
   _mm512_mask_storeu_ps(p, __mmask16(lane_mask(begin, end)), (__m512)v);
 }
