@@ -11,6 +11,8 @@ namespace {
 // Fewer columns than this are decoded by the calling thread.
 constexpr int64_t kSerialColumns = 8192;
 
+// Of a group that all workers share.
+constexpr int64_t kSharesEach = 4;
 constexpr int64_t kPlanesAtOnce = 32, kCacheLine = 64;
 
 // One phase of a run.
@@ -257,12 +259,12 @@ void gather_share(const Call &call, Group group, int64_t worker) {
               call.buffer(0));
 }
 
-// A worker's share of a group: consecutive (band, unit) pairs of about equal cost.
-void run_share(const Call &call, Group group, int64_t worker) {
+// A share of a group: consecutive (band, unit) pairs of about equal cost.
+void run_share(const Call &call, Group group, int64_t share, int64_t shares, int64_t worker) {
   const Conv &c = call.conv;
   const void *cells = c.in_place ? call.input(group.first) : call.buffer(0);
   const int64_t total = c.bands * c.cost;
-  const int64_t first = total * worker / c.workers, last = total * (worker + 1) / c.workers;
+  const int64_t first = total * share / shares, last = total * (share + 1) / shares;
   for (int64_t b = first / c.cost; b < c.bands && b * c.cost < last; ++b) {
     const Band band = nth_band({0, group_tiles(c, group.images)}, b, c.bands);
     if (band.first == band.last)
@@ -324,22 +326,28 @@ int64_t conv_phases(const Conv &plan) {
   return groups * (shares_gather(plan) ? 2 : 1);
 }
 
-void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working, int64_t phase, int64_t worker) {
+int64_t conv_shares(const Conv &plan, int64_t phase) {
+  const bool gathers = shares_gather(plan) && phase % 2 == 0;
+  return plan.workers * (plan.schedule == Schedule::kShared && plan.workers > 1 && !gathers ? kSharesEach : 1);
+}
+
+void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working, int64_t phase, int64_t share,
+                    int64_t shares, int64_t worker) {
   const Call call = {plan, tensors, static_cast<char *>(working)};
   if (plan.schedule == Schedule::kImages)
-    run_images(call, worker);
+    run_images(call, share);
   else if (plan.schedule == Schedule::kWindows)
-    run_windows(call, worker);
+    run_windows(call, share);
   else if (plan.schedule == Schedule::kByGroup)
-    run_by_group(call, worker);
+    run_by_group(call, share);
   else if (plan.schedule == Schedule::kDepthwise)
-    run_depthwise(call, worker);
+    run_depthwise(call, share);
   else if (!shares_gather(plan))
-    run_share(call, nth_group(plan, phase), worker);
+    run_share(call, nth_group(plan, phase), share, shares, worker);
   else if (phase % 2 == 0)
-    gather_share(call, nth_group(plan, phase / 2), worker);
+    gather_share(call, nth_group(plan, phase / 2), share);
   else
-    run_share(call, nth_group(plan, phase / 2), worker);
+    run_share(call, nth_group(plan, phase / 2), share, shares, worker);
 }
 
 void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors, void *memory, ParallelFor parallel) {
@@ -349,7 +357,8 @@ void run_conv(Conv &plan, const PackedWeight &weight, const ConvTensors &tensors
   for_each_worker(parallel, decoders, [&](int64_t w) { decode_conv(plan, weight, memory, w, decoders); });
   void *working = static_cast<char *>(memory) + plan.prepared_bytes;
   for (int64_t phase = 0; phase < conv_phases(plan); ++phase)
-    for_each_worker(parallel, plan.workers, [&](int64_t w) { run_conv_phase(plan, tensors, working, phase, w); });
+    for_each_worker(parallel, plan.workers,
+                    [&](int64_t w) { run_conv_phase(plan, tensors, working, phase, w, plan.workers, w); });
 }
 
 } // namespace fxsparse

@@ -61,10 +61,16 @@ void prepare_conv(Conv &plan, const PackedWeight &weight, const void *bias, void
 // Share `worker` of the larger ones: column offsets, and weights in the accumulators' type.
 void decode_conv(const Conv &plan, const PackedWeight &weight, void *memory, int64_t worker, int64_t workers);
 
-// A run is so many phases: none begins before all the plan's workers have ended the one before.
+// A run is so many phases: none begins before all shares of the one before have ended.
 int64_t conv_phases(const Conv &plan);
 
-// Share `worker` of a phase. `working`: memory of plan.working_bytes, the same for all phases.
-void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working, int64_t phase, int64_t worker);
+// Into how many shares a phase goes at the most. Workers that take a small one after the other end together even if the
+// machine has slowed one of them down.
+int64_t conv_shares(const Conv &plan, int64_t phase);
+
+// Share `share` of `shares` of a phase: conv_shares() or, one for each, the plan's workers. `working`: memory of
+// plan.working_bytes, the same for all phases; no other share runs on this `worker` meanwhile.
+void run_conv_phase(const Conv &plan, const ConvTensors &tensors, void *working, int64_t phase, int64_t share,
+                    int64_t shares, int64_t worker);
 
 } // namespace fxsparse

@@ -12,6 +12,15 @@ namespace {
 // Phases of the team: the tables, then its own.
 int64_t team_phases(const Region &r) { return 1 + int64_t(r.phases.size()); }
 
+int64_t team_items(const Region &r) {
+  int64_t most = r.threads;
+  for (const Region::Phase &phase : r.phases)
+    most = std::max(most, phase.items);
+  return most;
+}
+
+int64_t team_bytes(const Region &r) { return Team::bytes(team_phases(r), team_items(r)); }
+
 // Where the memory of a run begins: tables, then what a team waits by, then the workers' own.
 struct Memory {
   char *prepared, *waiting, *workers;
@@ -19,7 +28,7 @@ struct Memory {
   Memory(const Region &r, void *memory) {
     prepared = reinterpret_cast<char *>(align_up(reinterpret_cast<int64_t>(memory)));
     waiting = prepared + r.prepared_bytes;
-    workers = waiting + align_up(Team::bytes(team_phases(r), r.threads));
+    workers = waiting + align_up(team_bytes(r));
   }
 };
 
@@ -66,14 +75,13 @@ int64_t plan_region(Region &region) {
   r.chunks.assign(r.steps.size(), {});
   if (!(r.whole_images ? plan_images(r) : plan_team(r)))
     return -1;
-  return kCacheLine + r.prepared_bytes + align_up(Team::bytes(team_phases(r), r.threads)) +
-         r.workers * (r.arena_bytes + r.scratch_bytes);
+  return kCacheLine + r.prepared_bytes + align_up(team_bytes(r)) + r.workers * (r.arena_bytes + r.scratch_bytes);
 }
 
 void run_region(Region &region, void *memory, ParallelFor parallel) {
   const Memory at(region, memory);
-  std::memset(at.waiting, 0, Team::bytes(team_phases(region), region.threads));
-  Team team(at.waiting, team_phases(region), region.threads);
+  std::memset(at.waiting, 0, team_bytes(region));
+  Team team(at.waiting, team_phases(region), team_items(region), region.threads);
   const auto body = [&](int64_t me) {
     team.run(0, region.threads, me, [&](int64_t item) { prepare(region, at.prepared, item); });
     if (!region.whole_images)

@@ -99,7 +99,7 @@ private:
     const ConvTensors tensors = {&rows, 1, 0, step.bias, place(step.add, n), place(step.output, n)};
     const Conv &plan = chunk_plan(r_, s, images, r_.values[step.output].height);
     for (int64_t phase = 0; phase < conv_phases(plan); ++phase)
-      run_conv_phase(plan, tensors, scratch_, phase, 0);
+      run_conv_phase(plan, tensors, scratch_, phase, 0, 1, 0);
   }
 
   void between(const RegionStep &step, int64_t n, int64_t images) const {

@@ -156,7 +156,7 @@ void choose_phases(Region &r) {
     } else if (step.kind == StepKind::kConv) {
       const Conv &plan = r.chunks[s][0].plan;
       for (int64_t p = 0; p < conv_phases(plan); ++p)
-        r.phases.push_back({s, s + 1, p, plan.workers});
+        r.phases.push_back({s, s + 1, p, conv_shares(plan, p)});
     } else {
       r.phases.push_back({s, s + 1, 0, r.threads});
     }
@@ -209,13 +209,13 @@ class Run {
 public:
   Run(const Region &region, char *memory) : r_(region), arena_(memory), scratch_(memory + region.arena_bytes) {}
 
-  void phase(const Region::Phase &phase, int64_t item) const {
+  void phase(const Region::Phase &phase, int64_t item, int64_t me) const {
     for (int64_t s = phase.first; s < phase.last; ++s) {
       const RegionStep &step = r_.steps[s];
       if (step.striped)
         stripe(s, item);
       else if (step.kind == StepKind::kConv)
-        shared_conv(s, phase.conv_phase, item);
+        shared_conv(s, phase.conv_phase, item, phase.items, me);
       else
         some_planes(step, item);
     }
@@ -242,11 +242,11 @@ private:
   // Others may be at another step of the phase.
   char *own_scratch(int64_t worker) const { return scratch_ + worker * (r_.scratch_bytes / r_.threads); }
 
-  void shared_conv(int64_t s, int64_t phase, int64_t item) const {
+  void shared_conv(int64_t s, int64_t phase, int64_t item, int64_t items, int64_t me) const {
     const RegionStep &step = r_.steps[s];
     const InputRows rows = {place(step.input, 0), 0, r_.values[step.input].height};
     const ConvTensors tensors = {&rows, 1, 0, step.bias, place_add(step, 0, 0), place(step.output, 0)};
-    run_conv_phase(r_.chunks[s][0].plan, tensors, scratch_, phase, item);
+    run_conv_phase(r_.chunks[s][0].plan, tensors, scratch_, phase, item, items, me);
   }
 
   // The rows of one of the team.
@@ -274,7 +274,7 @@ private:
                                  place_add(step, worker, out.first),
                                  output + row_bytes(step.output, out.first)};
     const Conv &plan = chunk_plan(r_, s, r_.batch, out.last - out.first);
-    run_conv_phase(plan, tensors, own_scratch(worker), 0, 0);
+    run_conv_phase(plan, tensors, own_scratch(worker), 0, 0, 1, 0);
   }
 
   // A share of the planes of a step that is no convolution.
@@ -325,7 +325,7 @@ bool plan_team(Region &r) {
 void run_team(const Region &r, char *memory, Team &team, int64_t phase, int64_t me) {
   const Run run(r, memory);
   for (const Region::Phase &each : r.phases)
-    team.run(phase++, each.items, me, [&](int64_t item) { run.phase(each, item); });
+    team.run(phase++, each.items, me, [&](int64_t item) { run.phase(each, item, me); });
 }
 
 } // namespace fxsparse

@@ -12,19 +12,20 @@ namespace fxsparse {
 
 class Team {
 public:
-  // `memory`: of bytes(), zeroed.
-  Team(void *memory, int64_t phases, int64_t workers)
-      : done_(static_cast<uint32_t *>(memory)), taken_(reinterpret_cast<uint8_t *>(done_ + phases)), workers_(workers) {
-  }
+  // `memory`: of bytes(), zeroed. A phase has so many items at most.
+  Team(void *memory, int64_t phases, int64_t items, int64_t workers)
+      : done_(static_cast<uint32_t *>(memory)), taken_(reinterpret_cast<uint8_t *>(done_ + phases)), most_items_(items),
+        workers_(workers) {}
 
-  static int64_t bytes(int64_t phases, int64_t workers) { return phases * (int64_t(sizeof(uint32_t)) + workers); }
+  static int64_t bytes(int64_t phases, int64_t items) { return phases * (int64_t(sizeof(uint32_t)) + items); }
 
-  // Calls body(item) for items [0, items) that no other thread has taken, and returns when all are done.
+  // Calls body(item) for items [0, items) that no other thread has taken, and returns when all are done. Neighbours go
+  // to one thread, as far as all are equally fast.
   template <class Body> void run(int64_t phase, int64_t items, int64_t me, const Body &body) {
     std::atomic_ref<uint32_t> done(done_[phase]);
     for (int64_t i = 0; i < items; ++i) {
-      const int64_t item = (me + i) % items;
-      std::atomic_ref<uint8_t> taken(taken_[phase * workers_ + item]);
+      const int64_t item = (items * me / workers_ + i) % items;
+      std::atomic_ref<uint8_t> taken(taken_[phase * most_items_ + item]);
       if (taken.load(std::memory_order_relaxed) || taken.exchange(1, std::memory_order_relaxed))
         continue;
       body(item);
@@ -52,7 +53,7 @@ private:
 
   uint32_t *const done_;
   uint8_t *const taken_;
-  const int64_t workers_;
+  const int64_t most_items_, workers_;
 };
 
 } // namespace fxsparse
