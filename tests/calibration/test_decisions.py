@@ -121,6 +121,22 @@ def _tuple(value: Any) -> tuple[Tensor, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
+def test_a_copy_into_another_layout_never_speeds_a_sparse_operator_on_a_cpu_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would only copy back: samples that say so are noise, and a change of layout parts two regions."""
+
+    def summary(self: Samples, arm: str) -> Timing:
+        path = 10.0 if "vanilla" in str(arm) else 1.0 if "channels_last" in str(arm) else 5.0
+        ms = 0.01 if arm in LAYOUTS else path
+        return Timing(ms, ms, ms, ms, ms, 9)
+
+    shuffle_the_clock(monkeypatch, 0)
+    monkeypatch.setattr(Samples, "summary", summary)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3)).eval()
+    fast = fxsparse.convert(model, random_masks(model, 0.2), example_inputs=torch.randn(1, 8, 14, 14))
+    assert fast.report.sparse == 3
+    assert not any(layouts.current(gm) for gm in graphs_of(fast))
+
+
 def test_a_plan_that_is_saved_and_loaded_gives_the_same_graph(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     model, x = Residual().eval(), torch.randn(1, 3, 12, 12)
     masks = random_masks(model, 0.2)
