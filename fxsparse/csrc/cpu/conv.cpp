@@ -15,6 +15,10 @@ constexpr int64_t kSerialColumns = 8192;
 constexpr int64_t kSharesEach = 4;
 constexpr int64_t kPlanesAtOnce = 32, kCacheLine = 64;
 
+struct RowRange {
+  int64_t first, last;
+};
+
 // One phase of a run.
 struct Call {
   const Conv &conv;
@@ -50,15 +54,22 @@ struct Call {
   }
 
 private:
-  // Where the rows lie that the depthwise kernel reads of the first plane.
+  int64_t row_bytes() const { return conv.shape.width * conv.element_bytes; }
+  // The rows of the input that the depthwise kernel reads, padding among them; and those of them that are in `in`.
+  RowRange rows_read() const {
+    const int64_t first = tensors.first_row * conv.shape.stride[0] - conv.shape.pad[0];
+    return {first, first + (conv.out_height - 1) * conv.shape.stride[0] + conv.shape.kernel[0]};
+  }
+  RowRange rows_read(const InputRows &in) const {
+    return {std::max(in.first, rows_read().first), std::min(in.last, rows_read().last)};
+  }
+  // Where they lie in the first plane.
   void find_rows(int64_t n, const void **rows) const {
-    const ConvShape &s = conv.shape;
-    const int64_t count = (conv.out_height - 1) * s.stride[0] + s.kernel[0];
-    const int64_t first = tensors.first_row * s.stride[0] - s.pad[0], row_bytes = s.width * conv.element_bytes;
-    std::fill_n(rows, count, nullptr);
+    const RowRange all = rows_read();
+    std::fill_n(rows, all.last - all.first, nullptr);
     for (const InputRows *in = tensors.inputs; in < tensors.inputs + tensors.num_inputs; ++in)
-      for (int64_t y = std::max(in->first, first); y < std::min(in->last, first + count); ++y)
-        rows[y - first] = image(in->at, s.channels, s.input_plane, n) + y * row_bytes;
+      for (int64_t y = rows_read(*in).first; y < rows_read(*in).last; ++y)
+        rows[y - all.first] = image(in->at, conv.shape.channels, conv.shape.input_plane, n) + y * row_bytes();
   }
   // Reads what the neighbours of a stripe have made for some planes. A line takes over 100 ns from another core's
   // cache, many at once hardly longer; one by one, between planes, they would double the time of small planes.
@@ -66,18 +77,14 @@ private:
     const ConvShape &s = conv.shape;
     if (tensors.num_inputs == 1)
       return;
-    const int64_t first = tensors.first_row * s.stride[0] - s.pad[0];
-    const int64_t end = first + (conv.out_height - 1) * s.stride[0] + s.kernel[0],
-                  row_bytes = s.width * conv.element_bytes;
-    const auto rows_here = [=](const InputRows &in) { return std::min(in.last, end) - std::max(in.first, first); };
-    const auto fewer = [&](const InputRows &a, const InputRows &b) { return rows_here(a) < rows_here(b); };
+    const auto count = [this](const InputRows &in) { return rows_read(in).last - rows_read(in).first; };
+    const auto fewer = [&](const InputRows &a, const InputRows &b) { return count(a) < count(b); };
     const InputRows *own = std::max_element(tensors.inputs, tensors.inputs + tensors.num_inputs, fewer);
     for (const InputRows *in = tensors.inputs; in < tensors.inputs + tensors.num_inputs; ++in)
       for (int64_t plane = first_plane; in != own && plane < last_plane; ++plane) {
         const char *at = image(in->at, s.channels, s.input_plane, n) +
                          plane * s.channels / s.out_channels * s.input_plane * conv.element_bytes;
-        const char *begin = at + std::max(in->first, first) * row_bytes,
-                   *last = at + std::min(in->last, end) * row_bytes;
+        const char *begin = at + rows_read(*in).first * row_bytes(), *last = at + rows_read(*in).last * row_bytes();
         for (const char *line = begin; line < last; line += kCacheLine)
           touch(line);
         touch(last - 1);
