@@ -1,6 +1,5 @@
 // A region on images of which each worker has its own: a few at a time through many steps.
 #include "cpu/region_parts.h"
-#include "memory_plan.h"
 
 namespace fxsparse {
 namespace {
@@ -29,33 +28,24 @@ void choose_images(Region &r) {
   }
 }
 
-// Places values that are alive at the same time apart. A sum takes the place of what is added: to read and write the
-// same lines halves the traffic.
-void place_values(Region &r) {
-  const int64_t count = int64_t(r.values.size());
+// Places values by the steps between which they live.
+void place_by_steps(Region &r) {
   const Uses uses(r);
-  std::vector<int64_t> place(count);
-  std::vector<Life> lives(count);
-  for (int64_t v = 0; v < count; ++v) {
-    RegionValue &value = r.values[v];
-    place[v] = v;
-    if (!is_own(value) || uses.made[v] < 0)
-      continue;
-    const int64_t made = uses.made[v], last = std::max(uses.read[v], made), images = r.steps[made].images;
-    value.images = r.steps[last].images;
-    // What a step with larger chunks reads is made bit by bit, while the steps before it run again and again.
-    lives[v] = {images < value.images ? 0 : made, last, 0, align_up(value.images * image_bytes(r, v))};
-    const int64_t over = overwritten(r, r.steps[made]);
-    if (over < 0 || uses.made[over] < 0 || uses.read[over] != made || value.images != images ||
-        r.values[over].images != images || r.steps[uses.made[over]].images != images)
-      continue;
-    place[v] = place[over];
-    lives[place[v]].last = last;
-    lives[v].bytes = 0;
-  }
-  r.arena_bytes = place_lives(lives);
-  for (int64_t v = 0; v < count; ++v)
-    r.values[v].at = lives[place[v]].at;
+  place_values(
+      r, uses,
+      [&](int64_t v) {
+        RegionValue &value = r.values[v];
+        const int64_t made = uses.made[v], last = std::max(uses.read[v], made);
+        value.images = r.steps[last].images;
+        // What a step with larger chunks reads is made bit by bit, while the steps before it run again and again.
+        const int64_t first = r.steps[made].images < value.images ? 0 : made;
+        return Life{first, last, 0, align_up(value.images * image_bytes(r, v))};
+      },
+      [&](int64_t v, int64_t over) {
+        const int64_t images = r.steps[uses.made[v]].images;
+        return r.values[v].images == images && r.values[over].images == images &&
+               r.steps[uses.made[over]].images == images;
+      });
 }
 
 class Run {
@@ -125,7 +115,7 @@ private:
 
 bool plan_images(Region &r) {
   choose_images(r);
-  place_values(r);
+  place_by_steps(r);
   const int64_t share = r.batch / r.workers; // of some workers; the others have one more
   for (int64_t s = 0; s < int64_t(r.steps.size()); ++s) {
     const RegionStep &step = r.steps[s];

@@ -7,7 +7,6 @@
 // out by the rows of the weight instead.
 #include "cpu/region_parts.h"
 #include "cpu/team.h"
-#include "memory_plan.h"
 
 namespace fxsparse {
 namespace {
@@ -164,10 +163,8 @@ void choose_phases(Region &r) {
   }
 }
 
-// Places values apart that are alive in the same phase. A sum takes the place of what is added: to read and write the
-// same lines halves the traffic.
-void place_values(Region &r) {
-  const int64_t count = int64_t(r.values.size());
+// Places values by the phases between which they live.
+void place_by_phases(Region &r) {
   const Uses uses(r);
   std::vector<int64_t> begin(r.steps.size(), -1), end(r.steps.size()); // phases
   for (int64_t p = 0; p < int64_t(r.phases.size()); ++p)
@@ -182,27 +179,16 @@ void place_values(Region &r) {
         return true;
     return false;
   };
-  std::vector<int64_t> place(count);
-  std::vector<Life> lives(count);
-  for (int64_t v = 0; v < count; ++v) {
-    RegionValue &value = r.values[v];
-    place[v] = v;
-    if (!is_own(value) || uses.made[v] < 0)
-      continue;
-    const int64_t made = uses.made[v], last = end[std::max(uses.read[v], made)];
-    lives[v] = {begin[made], last, 0,
-                value.share_bytes > 0 ? r.threads * value.share_bytes : align_up(r.batch * image_bytes(r, v))};
-    const int64_t over = overwritten(r, r.steps[made]);
-    if (over < 0 || uses.made[over] < 0 || uses.read[over] != made || is_read_beside(over, made) ||
-        r.values[over].share_bytes != value.share_bytes)
-      continue;
-    place[v] = place[over];
-    lives[place[v]].last = last;
-    lives[v].bytes = 0;
-  }
-  r.arena_bytes = place_lives(lives);
-  for (int64_t v = 0; v < count; ++v)
-    r.values[v].at = lives[place[v]].at;
+  place_values(
+      r, uses,
+      [&](int64_t v) {
+        const int64_t share = r.values[v].share_bytes, made = uses.made[v];
+        const int64_t bytes = share > 0 ? r.threads * share : align_up(r.batch * image_bytes(r, v));
+        return Life{begin[made], end[std::max(uses.read[v], made)], 0, bytes};
+      },
+      [&](int64_t v, int64_t over) {
+        return r.values[over].share_bytes == r.values[v].share_bytes && !is_read_beside(over, uses.made[v]);
+      });
 }
 
 class Run {
@@ -318,7 +304,7 @@ bool plan_team(Region &r) {
     return false;
   r.scratch_bytes = round_up(r.scratch_bytes, r.threads * kCacheLine);
   choose_phases(r);
-  place_values(r);
+  place_by_phases(r);
   return true;
 }
 
