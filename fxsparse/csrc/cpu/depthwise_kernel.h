@@ -1,7 +1,7 @@
 // The depthwise kernel: each row of the weight matrix is a small kernel on one plane, which is read where it lies.
 //
 // Positions in lanes, taps unrolled, several rows of the output in the making: a row of the input is loaded once for
-// all that need it, and a tap costs an FMA. At the borders the loads are masked, which only AVX-512 does for nothing,
+// all that need it, and a tap costs an FMA. At the borders the loads are masked, which AVX-512 and AVX2 do for nothing,
 // so that no padded copy of the plane is needed.
 #pragma once
 

@@ -162,47 +162,45 @@ inline void gather_mapped(const Axis &ay, const Axis &ax, PaddingMode mode, cons
   }
 }
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 // How a narrow plane becomes its cells, a vector at a time: the cells of a vector that lie inside the plane are
 // elements in a row of it, so one load spreads them.
-struct NarrowPlane {
-  static constexpr int64_t kMostVectors = 32;
-  int64_t vectors;
-  uint32_t inside[kMostVectors];
+template <class A> struct NarrowPlane {
+  static constexpr int64_t N = kLanes<A>, kMostVectors = 32;
+  int64_t vectors = 0;
+  Spread<A> inside[kMostVectors];
   int64_t first[kMostVectors]; // of the elements
 
   // Whether a plane, of which all rows are there, is one.
-  template <class T, class A> static bool is_one(const Conv &conv, const Gathering &what) {
+  template <class T> static bool is_one(const Conv &conv, const Gathering &what) {
     const Axis &ay = conv.y, &ax = conv.x;
     const RowShape row = row_shape(ax, 0, 0);
     return sizeof(T) == sizeof(A) && conv.shape.mode == PaddingMode::kZeros && ay.stride == 1 && ax.stride == 1 &&
-           row.end - row.begin == ax.input && row.cells <= kLanes<A> && conv.plane <= kMostVectors * kLanes<A> &&
+           row.end - row.begin == ax.input && row.cells <= N && conv.plane <= kMostVectors * N &&
            what.num_inputs == 1 && what.first_row == 0 && what.inputs[0].first == 0 && what.inputs[0].last == ay.input;
   }
 
-  template <class A> static NarrowPlane make(const Conv &conv) {
-    constexpr int64_t N = kLanes<A>;
+  void find(const Conv &conv) {
+    vectors = (conv.plane + N - 1) / N;
     const RowShape rows = row_shape(conv.y, 0, 0), row = row_shape(conv.x, 0, 0);
-    NarrowPlane plane = {};
-    plane.vectors = (conv.plane + N - 1) / N;
+    uint32_t lanes[kMostVectors + 1] = {};
     for (int64_t y = rows.begin; y < rows.end; ++y) { // a row lies in two vectors at the most
       const int64_t cell = y * row.cells + row.begin, vector = cell / N;
       const uint64_t bits = ((uint64_t(1) << (row.end - row.begin)) - 1) << cell % N;
-      plane.inside[vector] |= uint32_t(bits & ((uint64_t(1) << N) - 1));
-      if (bits >> N)
-        plane.inside[vector + 1] |= uint32_t(bits >> N);
+      lanes[vector] |= uint32_t(bits & ((uint64_t(1) << N) - 1));
+      lanes[vector + 1] |= uint32_t(bits >> N);
     }
-    int64_t first = (rows.begin - conv.y.before) * conv.x.input;
-    for (int64_t i = 0; i < plane.vectors; ++i) {
-      plane.first[i] = first;
-      first += __builtin_popcount(plane.inside[i]);
+    int64_t next = (rows.begin - conv.y.before) * conv.x.input;
+    for (int64_t i = 0; i < vectors; ++i) {
+      inside[i] = Spread<A>::over(lanes[i]);
+      first[i] = next;
+      next += __builtin_popcount(lanes[i]);
     }
-    return plane;
   }
 
-  template <class A> void spread(const A *from, A *to, int64_t cells) const {
-    for (int64_t i = 0; i < vectors; ++i, to += kLanes<A>)
-      store_lanes(to, load_spread(from + first[i], inside[i]), 0, int(minimum(kLanes<A>, cells - i * kLanes<A>)));
+  void spread(const A *from, A *to, int64_t cells) const {
+    for (int64_t i = 0; i < vectors; ++i, to += N)
+      store_lanes(to, load_spread(from + first[i], inside[i]), 0, int(minimum(N, cells - i * N)));
   }
 };
 #endif
@@ -214,9 +212,11 @@ template <class T, class A> void gather_input(const Conv &conv, const Gathering 
   const Axis ay = conv.y, ax = conv.x;
   const bool zeros = conv.shape.mode == PaddingMode::kZeros;
   const int64_t plane = conv.shape.input_plane, group_plane = conv.group_images * conv.plane;
-#if defined(__AVX512F__)
-  const bool is_narrow = NarrowPlane::is_one<T, A>(conv, what);
-  const NarrowPlane narrow = is_narrow ? NarrowPlane::make<A>(conv) : NarrowPlane{};
+#if defined(__AVX2__)
+  const bool is_narrow = NarrowPlane<A>::template is_one<T>(conv, what);
+  NarrowPlane<A> narrow;
+  if (is_narrow)
+    narrow.find(conv);
 #endif
   for (int64_t block = what.first; block < what.last; block += kGatherChannels) {
     const int64_t channels = minimum(what.last - block, kGatherChannels);
@@ -227,7 +227,7 @@ template <class T, class A> void gather_input(const Conv &conv, const Gathering 
       for (int64_t image = 0; image < what.images; ++image) {
         const int64_t from = ((what.first_image + image) * conv.shape.channels + block) * plane;
         A *to = block_to + image * conv.plane;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
         if constexpr (sizeof(T) == sizeof(A))
           if (is_narrow) {
             for (int64_t channel = 0; channel < channels; ++channel, to += conv.channel_stride)

@@ -25,7 +25,7 @@ template <class T> constexpr KernelSet make_kernel_set() {
   if constexpr (sizeof(T) == 2)
     set.widen = widen_values<T>;
   set.run = run_unit<T, A>;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (sizeof(T) == sizeof(A))
     set.depthwise = run_depthwise<A>;
 #endif

@@ -170,12 +170,17 @@ inline Vec<double> load_lanes(const double *p, int begin, int end) {
 template <class H> inline Vec<float> load_half_lanes(const H *p, int begin, int end) {
   return widen((HalfVec)_mm256_maskz_loadu_epi16(__mmask16(lane_mask(begin, end)), p), H{});
 }
-// The next elements go to the lanes in `mask`, zeros to the others; only these elements' memory is touched.
-inline Vec<float> load_spread(const float *p, uint32_t mask) {
-  return (Vec<float>)_mm512_maskz_expandloadu_ps(__mmask16(mask), p);
+// The next elements go to some of the lanes (a bit each), zeros to the others; only these elements' memory is touched.
+template <class A> struct Spread {
+  uint32_t lanes;
+
+  static Spread over(uint32_t lanes) { return {lanes}; }
+};
+inline Vec<float> load_spread(const float *p, const Spread<float> &to) {
+  return (Vec<float>)_mm512_maskz_expandloadu_ps(__mmask16(to.lanes), p);
 }
-inline Vec<double> load_spread(const double *p, uint32_t mask) {
-  return (Vec<double>)_mm512_maskz_expandloadu_pd(__mmask8(mask), p);
+inline Vec<double> load_spread(const double *p, const Spread<double> &to) {
+  return (Vec<double>)_mm512_maskz_expandloadu_pd(__mmask8(to.lanes), p);
 }
 inline void store_lanes(float *p, Vec<float> v, int begin, int end) {
   _mm512_mask_storeu_ps(p, __mmask16(lane_mask(begin, end)), (__m512)v);
@@ -207,6 +212,40 @@ inline void copy_part(void *to, const void *from, int bytes) {
     std::memcpy(d, s, 2);
 }
 
+#if defined(__AVX2__)
+// Unlike masked stores, masked loads are as fast as others; what comes by parts through memory has to wait for it.
+inline __m256i lane_mask(int begin, int end) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
+                             _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
+}
+inline Vec<float> load_lanes(const float *p, int begin, int end) {
+  return (Vec<float>)_mm256_maskload_ps(p, lane_mask(begin, end));
+}
+inline Vec<double> load_lanes(const double *p, int begin, int end) {
+  return (Vec<double>)_mm256_maskload_pd(p, lane_mask(2 * begin, 2 * end));
+}
+
+template <class A> struct Spread {
+  __m256i loaded, from; // lanes of 4 bytes: a mask of the first ones, and where each comes from
+
+  static Spread over(uint32_t lanes) {
+    constexpr int words = int(sizeof(A) / 4);
+    int32_t from[8];
+    int next = 0;
+    for (int lane = 0; lane < kLanes<A>; ++lane) {
+      const bool inside = lanes >> lane & 1;
+      for (int word = 0; word < words; ++word) // the last word is a zero unless all lanes are inside
+        from[lane * words + word] = inside ? next * words + word : 7;
+      next += inside;
+    }
+    return {lane_mask(0, next * words), _mm256_loadu_si256((const __m256i *)from)};
+  }
+};
+template <class A> inline Vec<A> load_spread(const A *p, const Spread<A> &to) {
+  return (Vec<A>)_mm256_permutevar8x32_epi32(_mm256_maskload_epi32((const int *)p, to.loaded), to.from);
+}
+#else
 template <class A> inline Vec<A> load_vector_lanes(const A *p, int begin, int end) {
   if (end - begin == kLanes<A>)
     return load(p);
@@ -214,6 +253,9 @@ template <class A> inline Vec<A> load_vector_lanes(const A *p, int begin, int en
   copy_part((A *)&v + begin, p + begin, (end - begin) * int(sizeof(A)));
   return v;
 }
+inline Vec<float> load_lanes(const float *p, int begin, int end) { return load_vector_lanes(p, begin, end); }
+inline Vec<double> load_lanes(const double *p, int begin, int end) { return load_vector_lanes(p, begin, end); }
+#endif
 template <class A> inline void store_vector_lanes(A *p, Vec<A> v, int begin, int end) {
   if (end - begin == kLanes<A>)
     store(p, v);
@@ -234,8 +276,6 @@ template <class H> inline void store_half_lanes(H *p, Vec<float> v, int begin, i
   else
     copy_part(p + begin, (const uint16_t *)&h + begin, (end - begin) * 2);
 }
-inline Vec<float> load_lanes(const float *p, int begin, int end) { return load_vector_lanes(p, begin, end); }
-inline Vec<double> load_lanes(const double *p, int begin, int end) { return load_vector_lanes(p, begin, end); }
 inline void store_lanes(float *p, Vec<float> v, int begin, int end) { store_vector_lanes(p, v, begin, end); }
 inline void store_lanes(double *p, Vec<double> v, int begin, int end) { store_vector_lanes(p, v, begin, end); }
 #endif
