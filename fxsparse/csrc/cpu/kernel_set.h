@@ -19,7 +19,7 @@ template <class T> constexpr KernelSet make_kernel_set() {
   KernelSet set = {};
   set.lanes = kLanes<A>;
   set.positions = kMaxPositions;
-  set.unit_panels = kLanes<A> == kPanelLanes ? kMaxVectors : 1;
+  set.unit_panels = kMaxVectors;
   set.gather = gather_input<T, A>;
   set.decode = decode_columns;
   if constexpr (sizeof(T) == 2)

@@ -66,38 +66,38 @@ template <class D> struct Destination {
   Activation activation;
 };
 
-// The block kernel on tiles [band.first, band.last).
+// The block kernel on tiles [band.first, band.last). A tile's inputs serve all rows of the unit while they lie in L1.
 template <class D, class T, class A>
 void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t rows, const Destination<D> &to) {
   constexpr int lanes = kLanes<A>;
   alignas(kVectorBytes) A tile[kTileElements<A>];
-  for (int64_t first_lane = 0; first_lane < unit.lanes; first_lane += kMaxVectors * lanes) {
-    const int vectors = int(minimum(kMaxVectors, (unit.lanes - first_lane) / lanes));
-    const A *weights[kMaxVectors];
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t lane = first_lane + v * lanes;
-      weights[v] = unit.weights[lane / kPanelLanes] + lane % kPanelLanes;
+  for (int64_t t = band.first; t < band.last; ++t) {
+    const Tile at = find_tile(conv, rows, t);
+    const int64_t width = at.last_x - at.first_x, valid = at.last_row - at.first_row;
+    const int height = kernel_height<A>(width, valid);
+    const A *x[kMaxTileHeight];
+    TileOutput shape;
+    shape.positions = int(width) * height;
+    shape.num_segments = 0;
+    for (int h = 0; h < height; ++h) {
+      const int64_t row = minimum(at.first_row + h, at.last_row - 1);
+      x[h] = unit.cells + conv.row_cell[row] + at.first_x;
+      if (h >= valid)
+        continue;
+      const int begin = h * int(width), end = begin + int(width);
+      const int64_t output = to.row_output[row] - to.origin + at.first_x - begin;
+      Segment *previous = shape.segments + shape.num_segments - 1;
+      if (h > 0 && previous->output == output)
+        previous->end = end;
+      else
+        shape.segments[shape.num_segments++] = {begin, end, output};
     }
-    for (int64_t t = band.first; t < band.last; ++t) {
-      const Tile at = find_tile(conv, rows, t);
-      const int64_t width = at.last_x - at.first_x, valid = at.last_row - at.first_row;
-      const int height = kernel_height<A>(width, valid);
-      const A *x[kMaxTileHeight];
-      TileOutput shape;
-      shape.positions = int(width) * height;
-      shape.num_segments = 0;
-      for (int h = 0; h < height; ++h) {
-        const int64_t row = minimum(at.first_row + h, at.last_row - 1);
-        x[h] = unit.cells + conv.row_cell[row] + at.first_x;
-        if (h >= valid)
-          continue;
-        const int begin = h * int(width), end = begin + int(width);
-        const int64_t output = to.row_output[row] - to.origin + at.first_x - begin;
-        Segment *previous = shape.segments + shape.num_segments - 1;
-        if (h > 0 && previous->output == output)
-          previous->end = end;
-        else
-          shape.segments[shape.num_segments++] = {begin, end, output};
+    for (int64_t first_lane = 0; first_lane < unit.lanes; first_lane += kMaxVectors * lanes) {
+      const int vectors = int(minimum(kMaxVectors, (unit.lanes - first_lane) / lanes));
+      const A *weights[kMaxVectors];
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t lane = first_lane + v * lanes;
+        weights[v] = unit.weights[lane / kPanelLanes] + lane % kPanelLanes;
       }
       kBlockKernels<A>.table[vectors - 1][width][height](x, unit.offsets, weights, unit.columns, unit.bias + first_lane,
                                                          tile);
@@ -107,30 +107,55 @@ void run_block(const Conv &conv, const UnitRows<T, A> &unit, Band band, int64_t 
   }
 }
 
-// One tile of the wide kernel for all rows of the unit.
+// Rows of a wide tile to the output, one vector at a time. Whole: all lanes are outputs.
+template <bool Whole, class D, class A>
+inline void store_wide_row(const A *results, int count, const Stretch *stretches, D *output, const D *add,
+                           Activation activation) {
+  constexpr int N = kLanes<A>;
+  for (int v = 0; v < count; ++v) {
+    const Stretch &at = stretches[v];
+    const int begin = Whole ? 0 : at.begin, end = Whole ? N : at.end;
+    Vec<A> sum = load(results + v * N);
+    // For the next tile, too: so many rows at once are more streams than prefetchers of the hardware follow.
+    if (kPrefetchesOutputs)
+      __builtin_prefetch(output + at.output + kWideVectors * N, 1);
+    if (add != nullptr) {
+      sum += Whole ? load(add + at.output) : load_lanes(add + at.output, begin, end);
+      if (kPrefetchesOutputs)
+        __builtin_prefetch(add + at.output + kWideVectors * N);
+    }
+    sum = activate<A>(sum, activation);
+    if constexpr (Whole)
+      store(output + at.output, sum);
+    else
+      store_lanes(output + at.output, sum, begin, end);
+  }
+}
+
+// So many stretches, in tiles of the wide kernel, for all rows of the unit.
 template <class D, class T, class A>
 void run_stretches(const UnitRows<T, A> &unit, int count, const A *const *positions, const Stretch *stretches,
                    const Destination<D> &to) {
   constexpr int N = kLanes<A>;
   alignas(kVectorBytes) A tile[kWideRows * kWideVectors * N];
   for (int64_t lane = 0; lane < unit.lanes; lane += kWideRows) {
-    kWideKernels<A>[count](positions, unit.offsets, unit.weights[lane / kPanelLanes] + lane % kPanelLanes, unit.columns,
-                           unit.bias + lane, tile);
-    for (int r = 0; r < kWideRows; ++r) {
-      D *output = to.outputs[lane + r];
-      if (output == nullptr)
-        continue;
-      const D *add = to.adds ? to.adds[lane + r] : nullptr;
-      for (int v = 0; v < count; ++v) {
-        const Stretch &at = stretches[v];
-        Vec<A> sum = load(tile + (r * count + v) * N);
-        // For the next tile, too: so many rows at once are more streams than prefetchers of the hardware follow.
-        __builtin_prefetch(output + at.output + kWideVectors * N, 1);
-        if (add != nullptr) {
-          sum += load_lanes(add + at.output, at.begin, at.end);
-          __builtin_prefetch(add + at.output + kWideVectors * N);
-        }
-        store_lanes(output + at.output, activate<A>(sum, to.activation), at.begin, at.end);
+    const A *weights = unit.weights[lane / kPanelLanes] + lane % kPanelLanes;
+    for (int first = 0; first < count; first += kWideVectors) {
+      const int vectors = int(minimum(kWideVectors, count - first));
+      kWideKernels<A>[vectors](positions + first, unit.offsets, weights, unit.columns, unit.bias + lane, tile);
+      bool whole = true;
+      for (int v = first; v < first + vectors; ++v)
+        whole = whole && stretches[v].end - stretches[v].begin == N;
+      for (int r = 0; r < kWideRows; ++r) {
+        D *output = to.outputs[lane + r];
+        if (output == nullptr)
+          continue;
+        const A *results = tile + r * vectors * N;
+        const D *add = to.adds ? to.adds[lane + r] : nullptr;
+        if (whole)
+          store_wide_row<true, D, A>(results, vectors, stretches + first, output, add, to.activation);
+        else
+          store_wide_row<false, D, A>(results, vectors, stretches + first, output, add, to.activation);
       }
     }
   }
@@ -141,8 +166,10 @@ template <class D, class T, class A>
 void run_wide(const Conv &conv, const UnitRows<T, A> &unit, const Tile &begin, const Tile &end,
               const Destination<D> &to) {
   constexpr int N = kLanes<A>;
-  const A *positions[kWideVectors];
-  Stretch stretches[kWideVectors];
+  const int64_t tile_bytes = unit.columns * kWideVectors * kVectorBytes;
+  const int most = int(minimum(kWideTiles, maximum(1, kWideInputBytes / tile_bytes))) * kWideVectors;
+  const A *positions[kWideTiles * kWideVectors];
+  Stretch stretches[kWideTiles * kWideVectors];
   int count = 0;
   for (int64_t row = begin.first_row; row < end.last_row; ++row) {
     const int64_t last_x = row == end.last_row - 1 ? end.last_x : conv.out_width;
@@ -151,7 +178,7 @@ void run_wide(const Conv &conv, const UnitRows<T, A> &unit, const Tile &begin, c
       const int64_t first = conv.in_place ? minimum(x, conv.out_width - N) : x;
       positions[count] = unit.cells + conv.row_cell[row] + first;
       stretches[count++] = {int(x - first), int(minimum(last_x - first, N)), to.row_output[row] - to.origin + first};
-      if (count == kWideVectors) {
+      if (count == most) {
         run_stretches(unit, count, positions, stretches, to);
         count = 0;
       }

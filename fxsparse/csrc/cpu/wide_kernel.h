@@ -15,6 +15,11 @@ namespace fxsparse::FXSPARSE_ISA {
 
 constexpr int kWideVectors = 3;
 constexpr int kWideRows = kVectorRegisters >= 32 ? 8 : 4;
+// Some rows compute so many tiles before the next rows do, if what these read is no more than half of L1: few streams
+// are written at a time. Where a tile has many rows, each is told of early instead.
+constexpr bool kPrefetchesOutputs = kWideRows > 4;
+constexpr int kWideTiles = kPrefetchesOutputs ? 1 : 16;
+constexpr int64_t kWideInputBytes = 16 * 1024;
 
 // positions[v]: the cells of vector v; offsets[k]: column k's offset in cells; weights[r]: row r at column 0, the next
 // column kPanelLanes elements on; initial[r]: what row r starts from; tile: [r][v][lane].
