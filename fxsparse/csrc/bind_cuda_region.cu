@@ -1,21 +1,29 @@
 // The operator `region_batch_inner` on CUDA: changes the layout of what comes in once, runs all steps on
-// batch-innermost images, and changes the layout of what goes out once. Everything is queued on the current stream; the
-// memory of the values between is one tensor of torch's allocator.
-#include "cuda/batch_inner.h"
+// batch-innermost images, or on few images in row lanes, and changes the layout of what goes out once. Everything is
+// queued on the current stream; the memory of the values between is one tensor of torch's allocator.
+#include "cuda/region_storage.h"
 #include "cuda_binding.h"
 #include "memory_plan.h"
 #include "region_program.h"
 #include "tiled_arguments.h"
 
+#include <climits>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
 #include <torch/csrc/stable/library.h>
 
 namespace fxsparse {
 namespace {
 
+using cuda::BatchInner;
 using cuda::ImageLayout;
 using cuda::Images;
+using cuda::ImageStrides;
+using cuda::RowLanes;
 using cuda::TiledType;
 
+constexpr int64_t kFewImages = 8;   // fewer leave some of eight lanes empty
 constexpr int64_t kAlignment = 256; // of the values, in bytes: at least what the kernels want
 
 std::vector<int64_t> strides_of(IntHeaderOnlyArrayRef sizes, bool channels_last) {
@@ -54,12 +62,12 @@ bool is_channels_last(const Tensor &images) {
 }
 
 // Runs a region's program; see the operator below.
-class Run {
+template <class Storage> class Run {
 public:
   Run(const Program &program, const std::vector<Tensor> &inputs, const std::vector<int64_t> &outputs,
       const std::vector<Tensor> &results)
       : program_(program), anchor_(inputs[0]), type_(tiled_type_of("inputs", inputs[0])),
-        stream_(current_stream(inputs[0])), values_(program.values.size()) {
+        stream_(current_stream(inputs[0])), storage_(type_, stream_), values_(program.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) {
       const bool last = is_channels_last(inputs[i]) && !inputs[i].is_contiguous() && is_aligned(inputs[i]);
       kept_.push_back(last ? inputs[i] : torch::stable::contiguous(inputs[i]));
@@ -73,7 +81,12 @@ public:
     }
     find_readers();
     bind_weights();
-    pool_with_convs();
+    if constexpr (Storage::kPoolsInputs)
+      pool_inputs();
+    if constexpr (Storage::kPoolsInConvs)
+      pool_with_convs();
+    if constexpr (Storage::kUnfolds)
+      find_unfolded();
     place();
   }
 
@@ -89,7 +102,7 @@ public:
         if (value >= 0 && is_input(value) && !values_[value].entered && !values_[value].skipped)
           enter(value, i);
       if (!values_[step.output].pooled_by_conv)
-        check(queue(step, weights_[i]), i);
+        check(queue(step, i), i);
       if (values_[step.output].outside != nullptr && !leaves_at_once(step))
         leave(step.output, i);
     }
@@ -102,7 +115,7 @@ private:
     int64_t readers = 0, first = -1, last = -1; // steps
     int64_t at = 0;                             // in the memory
     bool entered = false;
-    // An input that the pooling behind it reads where it lies, or an activation before that pooling.
+    // An input that the step behind it reads where it lies, or an activation before a pooling that does.
     bool skipped = false;
     // The pooled result of a convolution that pools by itself; and the convolution's own, which is nowhere.
     bool pooled_by_conv = false;
@@ -122,10 +135,7 @@ private:
     return {program_.batch, v.channels, v.height, v.width};
   }
 
-  int64_t count(int64_t value) const { // elements, with the padding of the batch
-    const ProgramValue &v = program_.values[value];
-    return v.channels * v.height * v.width * cuda::padded_batch(program_.batch);
-  }
+  int64_t count(int64_t value) const { return Storage::count(images(value)); } // elements, with padding
 
   int64_t stored_as(int64_t value) const { return values_[value].pooled < 0 ? value : values_[value].pooled; }
 
@@ -149,9 +159,24 @@ private:
         ++values_[value].readers;
       }
     }
+  }
+
+  void pool_inputs() {
     for (const ProgramStep &step : program_.steps)
       if (step.kind == ProgramKind::kMaxPool)
         skip_before(step);
+  }
+
+  // Convolutions that need their input unfolded; of an input that nothing else reads, from where it lies.
+  void find_unfolded() {
+    unfolded_.resize(program_.steps.size(), -1);
+    for (size_t i = 0; i < program_.steps.size(); ++i) {
+      const ProgramStep &step = program_.steps[i];
+      if (step.kind != ProgramKind::kConv || cuda::reads_rows_as_they_lie(step.conv))
+        continue;
+      unfolded_[i] = 0;
+      values_[step.input].skipped = is_input(step.input) && values_[step.input].readers == 1;
+    }
   }
 
   // A pooling that begins the region reads the input where it lies, through an activation that it alone reads.
@@ -213,15 +238,15 @@ private:
                  &tiles = program_.tensor(step.weight[2]), &rows = program_.tensor(step.weight[3]);
     const int64_t tile_rows = check_tiled(values, columns, tiles, rows, "inputs", anchor_, step.conv.out_channels);
     Weight bound = {};
-    bound.conv.geometry = step.conv;
+    bound.conv.geometry = Storage::geometry(step.conv);
     bound.conv.type = type_;
     bound.conv.overlap = true;
     const char *refusal = cuda::tiled_conv2d_refusal(bound.conv, tile_rows);
     STD_TORCH_CHECK(refusal == nullptr, "The region has a convolution that cannot run in it: ", refusal);
     bound.tiled = {contiguous(values).const_data_ptr(),
-                   contiguous(columns).const_data_ptr<int32_t>(),
-                   contiguous(tiles).const_data_ptr<int64_t>(),
-                   contiguous(rows).const_data_ptr<int32_t>(),
+                   contiguous(columns).template const_data_ptr<int32_t>(),
+                   contiguous(tiles).template const_data_ptr<int64_t>(),
+                   contiguous(rows).template const_data_ptr<int32_t>(),
                    tiles.size(0),
                    tile_rows,
                    columns.numel(),
@@ -235,35 +260,43 @@ private:
 
   void place() {
     const int64_t element = type_ == TiledType::kFloat ? 4 : 2;
+    const auto aligned = [&](int64_t elements) {
+      return (elements * element + kAlignment - 1) / kAlignment * kAlignment;
+    };
     std::vector<Life> lives;
     for (size_t v = 0; v < values_.size(); ++v) {
       const bool there = values_[v].first >= 0 && !values_[v].skipped && values_[v].pooled < 0;
-      const int64_t bytes = there ? count(int64_t(v)) * element : 0;
-      lives.push_back({values_[v].first, values_[v].last, 0, (bytes + kAlignment - 1) / kAlignment * kAlignment});
+      lives.push_back({values_[v].first, values_[v].last, 0, there ? aligned(count(int64_t(v))) : 0});
     }
+    for (size_t i = 0; i < unfolded_.size(); ++i)
+      if (unfolded_[i] >= 0)
+        lives.push_back({int64_t(i), int64_t(i), 0, aligned(unfolded_count(program_.steps[i].conv))});
     bytes_ = place_lives(lives);
     for (size_t v = 0; v < values_.size(); ++v)
       values_[v].at = lives[v].at;
+    size_t next = values_.size();
+    for (int64_t &at : unfolded_)
+      if (at >= 0)
+        at = lives[next++].at;
+  }
+
+  static int64_t unfolded_count(const Conv2dGeometry &conv) {
+    return conv.kernel_width * Storage::count({conv.batch, conv.in_channels, conv.in_height, conv.out_width});
   }
 
   void enter(int64_t value, size_t step) {
-    check(
-        launch_to_batch_inner(images(value), values_[value].layout, type_, values_[value].outside, at(value), stream_),
-        step);
+    check(storage_.enter(images(value), values_[value].layout, values_[value].outside, at(value)), step);
     values_[value].entered = true;
   }
 
   void leave(int64_t value, size_t step) {
-    check(launch_from_batch_inner(images(value), values_[value].layout, type_, at(value), values_[value].outside,
-                                  stream_),
-          step);
+    check(storage_.leave(images(value), values_[value].layout, at(value), values_[value].outside), step);
   }
 
-  cudaError_t queue(const ProgramStep &step, const Weight &weight) const {
+  cudaError_t queue(const ProgramStep &step, size_t index) const {
     switch (step.kind) {
     case ProgramKind::kConv:
-      return launch_tiled_conv2d(weight.conv, weight.tiled,
-                                 {at(step.input), weight.bias, at(step.add), at(stored_as(step.output))}, stream_);
+      return conv(step, index);
     case ProgramKind::kMaxPool:
       return max_pool(step);
     case ProgramKind::kAdd:
@@ -271,11 +304,30 @@ private:
                         stream_);
     case ProgramKind::kAverage:
       return leaves_at_once(step)
-                 ? launch_average(images(step.input), type_, at(step.input), true, values_[step.output].outside,
-                                  stream_)
-                 : launch_average(images(step.input), type_, at(step.input), false, at(step.output), stream_);
+                 ? storage_.average(images(step.input), at(step.input), true, values_[step.output].outside)
+                 : storage_.average(images(step.input), at(step.input), false, at(step.output));
     }
     return cudaErrorInvalidValue;
+  }
+
+  cudaError_t conv(const ProgramStep &step, size_t index) const {
+    const void *input = at(step.input);
+    if constexpr (Storage::kUnfolds)
+      if (unfolded_[index] >= 0) {
+        const Value &value = values_[step.input];
+        const Images read = images(step.input);
+        const ImageStrides strides =
+            value.skipped ? cuda::strides_in_torch(read, value.layout) : cuda::strides_in_row_lanes(read);
+        void *unfolded = memory_ + unfolded_[index];
+        const cudaError_t status =
+            storage_.unfold(read, strides, cuda::row_taps(step.conv), value.skipped ? value.outside : input, unfolded);
+        if (status != cudaSuccess)
+          return status;
+        input = unfolded;
+      }
+    const Weight &weight = weights_[index];
+    return launch_tiled_conv2d(weight.conv, weight.tiled,
+                               {input, weight.bias, at(step.add), at(stored_as(step.output))}, stream_);
   }
 
   cudaError_t max_pool(const ProgramStep &step) const {
@@ -290,7 +342,7 @@ private:
                           {w.dilation[0], w.dilation[1]},
                           Activation::kNone};
     if (!values_[step.input].skipped)
-      return launch_max_pool(pool, type_, at(step.input), at(step.output), stream_);
+      return storage_.max_pool(pool, at(step.input), at(step.output));
     int64_t source = step.input;
     if (!is_input(source)) {
       const ProgramStep &before = program_.steps[source - program_.inputs()];
@@ -315,12 +367,59 @@ private:
   const Tensor anchor_;
   const TiledType type_;
   const cudaStream_t stream_;
+  const Storage storage_;
   std::vector<Value> values_;
-  std::vector<Weight> weights_; // of each step
-  std::vector<Tensor> kept_;    // what the pointers point at
+  std::vector<Weight> weights_;   // of each step
+  std::vector<int64_t> unfolded_; // where a step's unfolded input lies in the memory; -1: it has none
+  std::vector<Tensor> kept_;      // what the pointers point at
   int64_t bytes_ = 0;
   char *memory_ = nullptr;
 };
+
+// Measured on an H200: what a tile of 64 rows x 64 positions costs where there are more than multiprocessors, and what
+// the launch of a small kernel costs, in nanoseconds.
+constexpr double kTileCost = 5.4, kLaunchCost = 2000;
+
+bool fits_row_lanes(const Program &program, TiledType type) {
+  for (const ProgramValue &value : program.values) // the kernels count units of 16 bytes in 32 bits
+    if (cuda::row_lanes_count({program.batch, value.channels, value.height, value.width}) / 4 > INT_MAX)
+      return false;
+  for (const ProgramStep &step : program.steps) {
+    cuda::TiledConv conv = {};
+    conv.geometry = cuda::on_row_lanes(step.conv);
+    conv.type = type;
+    if (step.kind == ProgramKind::kConv && cuda::tiled_conv2d_refusal(conv, 64) != nullptr)
+      return false;
+  }
+  return true;
+}
+
+// What row lanes gain over batch-innermost images, in nanoseconds. Of few images most of eight lanes are padding; but
+// in row lanes convolutions of several taps along a row need their input unfolded, and poolings launches of their own.
+double gain_of_row_lanes(const Program &program) {
+  double gain = 0;
+  for (const ProgramStep &step : program.steps) {
+    const Conv2dGeometry &g = step.conv;
+    if (step.kind == ProgramKind::kConv) {
+      const int64_t lanes = cuda::padded_batch(g.batch) * g.out_width - g.batch * cuda::padded_width(g.out_width);
+      const double tiles = std::ceil(double(g.out_channels) / 64) * double(g.out_height * lanes) / 64;
+      gain += kTileCost * tiles * (step.add >= 0 ? 2 : 1);
+    }
+    const bool launches =
+        step.kind == ProgramKind::kMaxPool || (step.kind == ProgramKind::kConv && !cuda::reads_rows_as_they_lie(g));
+    gain -= launches ? kLaunchCost : 0;
+  }
+  return gain;
+}
+
+// FXSPARSE_CUDA_ROW_LANES asks for them: "1" wherever they are possible, "auto" where they seem to gain. They are off
+// unless it does: no device has measured them yet.
+bool runs_in_row_lanes(const Program &program, TiledType type) {
+  const char *asked = std::getenv("FXSPARSE_CUDA_ROW_LANES");
+  if (asked == nullptr || *asked == '\0' || std::strcmp(asked, "0") == 0 || !fits_row_lanes(program, type))
+    return false;
+  return std::strcmp(asked, "auto") != 0 || (program.batch < kFewImages && gain_of_row_lanes(program) > 0);
+}
 
 std::vector<Tensor> region_batch_inner(const std::vector<Tensor> &inputs, const std::vector<Tensor> &tensors,
                                        const std::vector<int64_t> &numbers, const std::vector<int64_t> &outputs,
@@ -334,9 +433,12 @@ std::vector<Tensor> region_batch_inner(const std::vector<Tensor> &inputs, const 
         std::find(channels_last.begin(), channels_last.end(), outputs[results.size()]) != channels_last.end();
     results.push_back(empty_cuda(sizes, inputs[0].scalar_type(), last, inputs[0].get_device_index()));
   }
-  Run run(program, inputs, outputs, results);
-  if (!program.is_empty())
-    run.queue();
+  if (program.is_empty()) // nothing to compute: bad weights are refused all the same
+    Run<BatchInner>(program, inputs, outputs, results);
+  else if (runs_in_row_lanes(program, tiled_type_of("inputs", inputs[0])))
+    Run<RowLanes>(program, inputs, outputs, results).queue();
+  else
+    Run<BatchInner>(program, inputs, outputs, results).queue();
   return results;
 }
 

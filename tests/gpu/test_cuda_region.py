@@ -36,6 +36,13 @@ def _poisoned_memory() -> None:
         del blocks
 
 
+@pytest.fixture(params=["batch_inner", "row_lanes"])
+def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Store the values of a region in one way, whatever would be faster."""
+    monkeypatch.setenv("FXSPARSE_CUDA_ROW_LANES", str(int(request.param == "row_lanes")))
+    return str(request.param)
+
+
 def agrees(drawn: Drawn, x: Tensor, outputs: list[int], channels_last: tuple[int, ...] = ()) -> None:
     """Hold the operator's results against float64, step by step."""
     drawn.dtype = x.dtype
@@ -49,7 +56,8 @@ def agrees(drawn: Drawn, x: Tensor, outputs: list[int], channels_last: tuple[int
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", list(RELATIVE))
-@pytest.mark.parametrize("batch", [1, 8, 12, 64, 100])
+@pytest.mark.parametrize("batch", [1, 3, 8, 12, 64, 100])
+@pytest.mark.usefixtures("storage")
 def test_every_step(batch: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     x = torch.randn(batch, 8, 19, 14, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
     agrees(batch_inner_net(), x, [11, 9, 8, 3, 2], (8, 3))
@@ -80,6 +88,38 @@ def test_convolutions_pool_by_themselves(
     assert torch.equal(pooled.isnan(), torch.max_pool2d(one_by_one[0], 2).isnan())
 
 
+@pytest.mark.parametrize("dtype", list(RELATIVE))
+@pytest.mark.parametrize("batch, height, width", [(1, 9, 14), (2, 30, 30), (7, 5, 33), (12, 8, 8)])
+@pytest.mark.usefixtures("storage")
+def test_convolutions_of_every_geometry(batch: int, height: int, width: int, dtype: torch.dtype) -> None:
+    drawn = Drawn(normed=True)
+    drawn.conv(0, (40, 8, 7, 7), padding=(3, 3, 3, 3), stride=(2, 2), activation="relu")  # 1: reads the input itself
+    drawn.conv(1, (72, 40, 1, 1), activation="silu")  # 2
+    drawn.conv(2, (72, 36, 3, 3), padding=(2, 2, 2, 2), dilation=(2, 2), groups=2, add=2)  # 3
+    drawn.conv(3, (96, 72, 1, 1), stride=(1, 2))  # 4
+    drawn.conv(4, (96, 96, 3, 2), padding=(1, 1, 0, 1), add=4, activation="hardswish")  # 5
+    drawn.conv(5, (24, 96, 1, 1), padding=(0, 1, 0, 3))  # 6: positions in the padding are the bias
+    x = torch.randn(batch, 8, height, width, device="cuda", dtype=dtype)
+    agrees(drawn, x, [1, 3, 4, 5, 6], (3,))
+
+
+def test_one_large_image_runs_in_row_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXSPARSE_CUDA_ROW_LANES", "auto")
+    drawn = Drawn(normed=True)
+    drawn.conv(0, (256, 64, 1, 1), 0.1)
+    drawn.conv(1, (64, 256, 1, 1), 0.1)
+    names = {}
+    for batch in (1, 8):
+        x = torch.randn(batch, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
+        agrees(drawn, x, [2])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            drawn.run_batch_inner([x], [2])
+        names[batch] = [event.key for event in profile.key_averages()]
+    assert any("unfold_rows" in name for name in names[1])
+    assert not any("unfold_rows" in name for name in names[8])
+
+
+@pytest.mark.usefixtures("storage")
 def test_the_steps_of_a_cpu_region() -> None:
     drawn = residual_net()
     drawn.normed = True
@@ -90,7 +130,8 @@ def test_the_steps_of_a_cpu_region() -> None:
 @pytest.mark.parametrize(
     ("channels", "height", "width"), [(3, 7, 5), (8, 1, 1), (64, 14, 14), (40, 9, 31), (130, 3, 3), (16, 33, 65)]
 )
-@pytest.mark.parametrize("batch", [8, 63, 200])
+@pytest.mark.parametrize("batch", [1, 8, 63, 200])
+@pytest.mark.usefixtures("storage")
 def test_changes_of_layout_are_exact(batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> None:
     x = torch.randn(batch, channels, height, width, device="cuda", dtype=dtype)
     program = Add(0, NONE, "none").numbers()
@@ -104,6 +145,7 @@ def test_changes_of_layout_are_exact(batch: int, channels: int, height: int, wid
 @pytest.mark.parametrize("dtype", list(RELATIVE))
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.usefixtures("storage")
 def test_poolings_of_an_input_are_exact_and_pass_nan(
     dtype: torch.dtype, activation: str, memory_format: torch.memory_format
 ) -> None:
@@ -120,6 +162,7 @@ def test_poolings_of_an_input_are_exact_and_pass_nan(
     assert torch.equal(alone.nan_to_num(), torch.max_pool2d(x, *pool[1:]).nan_to_num())
 
 
+@pytest.mark.usefixtures("storage")
 def test_an_input_that_is_read_twice_is_moved_once_and_whole() -> None:
     x = torch.randn(10, 16, 8, 8, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     steps = [MaxPool(0, (2, 2), (2, 2), (0, 0), (1, 1), False), Average(0), Add(0, 0, "relu")]
@@ -132,6 +175,7 @@ def test_an_input_that_is_read_twice_is_moved_once_and_whole() -> None:
     assert torch.equal(twice, torch.relu(x + x).contiguous())
 
 
+@pytest.mark.usefixtures("storage")
 def test_tensors_may_begin_anywhere() -> None:
     drawn = batch_inner_net()
     x = torch.randn(9, 8, 12, 12, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
@@ -162,6 +206,7 @@ def test_empty_batches_and_refusals() -> None:
         OP([x], tensors, drawn.program, [0], [])
 
 
+@pytest.mark.usefixtures("storage")
 def test_replays_of_a_graph_are_bit_stable_and_read_new_inputs() -> None:
     drawn = batch_inner_net()
     x = torch.randn(64, 8, 20, 20, device="cuda", dtype=torch.bfloat16)
