@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from region_cases import Drawn, close, residual_net
@@ -147,6 +148,19 @@ def test_means_of_planes(dtype: torch.dtype, relative: float, threads: object) -
             x = torch.randn(batch, 8, *size).to(dtype)
             outputs = [2, 3, 5, 6, 7, 8]
             assert close(drawn.run([x], outputs), drawn.oracle([x], outputs), relative)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [2, 3, 7, 8, 16, 17, 31, 64, 66])
+@pytest.mark.parametrize("ceil", [False, True])
+def test_windows_of_two_by_two(width: int, ceil: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 5, width, dtype=dtype)
+    drawn = Drawn(steps=[MaxPool(0, (2, 2), (2, 2), (0, 0), (1, 1), ceil)])
+    assert torch.equal(drawn.run([x], [1])[0], F.max_pool2d(x, 2, ceil_mode=ceil))
+    for place in ((0, 1, 0, 0), (1, 2, 3, width - 1), (1, 0, 2, width // 2)):
+        x[place] = float("nan")
+    got = drawn.run([x], [1])[0]
+    assert torch.equal(got.nan_to_num(7.0), F.max_pool2d(x, 2, ceil_mode=ceil).nan_to_num(7.0))
 
 
 def test_nan_and_infinity_pass_a_maximum() -> None:

@@ -66,14 +66,55 @@ bool pool_plane(const PoolShape &s, int64_t first, int64_t last, const T *in, T 
   return sum == sum;
 }
 
+// Windows of 2 x 2 side by side, as `pool_plane` does them: nothing waits in memory.
+template <bool Exact, class T, class A>
+bool pool_squares(const PoolShape &s, int64_t first, int64_t last, const T *in, T *out) {
+  constexpr int N = kLanes<A>;
+  constexpr auto lanes = std::make_index_sequence<N>();
+  Vec<A> probe = {};
+  for (int64_t oy = first; oy < last; ++oy, out += s.out_width)
+    for (int64_t x = 0; x < s.out_width; x += N) {
+      const int valid = int(minimum(N, s.out_width - x));
+      const T *top = in + 2 * oy * s.width + 2 * x, *bottom = top + s.width;
+      Vec<A> half[2];
+      for (int h = 0; h < 2; ++h) {
+        const int read = int(maximum(0, minimum(N, 2 * valid - h * N)));
+        const Vec<A> above = load_lanes(top + h * N, 0, read), below = load_lanes(bottom + h * N, 0, read);
+        half[h] = larger<Exact, A>(below, above);
+        if (!Exact)
+          probe += above * A(0) + below * A(0);
+      }
+      const Vec<A> left = every_second<A, 0>(half[0], half[1], lanes),
+                   right = every_second<A, 1>(half[0], half[1], lanes);
+      store_lanes(out + x, larger<Exact, A>(right, left), 0, valid);
+    }
+  A sum = 0;
+  for (int lane = 0; lane < N; ++lane)
+    sum += probe[lane];
+  return sum == sum;
+}
+
+inline bool pools_squares(const PoolShape &s) {
+  bool squares = s.out_height <= s.height / 2 && s.out_width <= s.width / 2; // not with ceil_mode and odd sizes
+  for (int axis = 0; axis < 2; ++axis)
+    squares = squares && s.kernel[axis] == 2 && s.stride[axis] == 2 && s.pad[axis] == 0 && s.dilation[axis] == 1;
+  return squares;
+}
+
 template <class T, class A>
 void max_pool(const PoolShape &s, const PlaneRows &rows, const void *input, void *output, void *scratch) {
+  const bool squares = pools_squares(s);
   A *row = (A *)scratch;
   for (int64_t i = 0; i < s.row_elements; ++i)
     row[i] = -A(__builtin_inf());
   for (int64_t plane = 0; plane < rows.planes; ++plane) {
     const T *in = (const T *)input + plane * rows.input_plane;
     T *out = (T *)output + plane * rows.output_plane + rows.first * s.out_width;
+    if (squares) {
+      if (!pool_squares<false, T, A>(s, rows.first, rows.last, in, out))
+        pool_squares<true, T, A>(s, rows.first, rows.last, in, out);
+      continue;
+    }
     if (!pool_plane<false, T, A>(s, rows.first, rows.last, in, out, row))
       pool_plane<true, T, A>(s, rows.first, rows.last, in, out, row);
   }
