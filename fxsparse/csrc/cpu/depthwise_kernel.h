@@ -11,13 +11,14 @@
 namespace fxsparse::FXSPARSE_ISA {
 
 // Lanes of each tap that lie inside the plane, and of the output.
-template <int K> struct TapLanes {
+template <class A, int K> struct TapLanes {
   int first[K], last[K], valid;
+  Lanes<A> inside[K];
 };
 
-template <int K, int S, class A> inline TapLanes<K> find_lanes(const Conv &conv, int64_t x) {
+template <int K, int S, class A> inline TapLanes<A, K> find_lanes(const Conv &conv, int64_t x) {
   constexpr int N = kLanes<A>;
-  TapLanes<K> lanes;
+  TapLanes<A, K> lanes;
   lanes.valid = int(minimum(N, conv.out_width - x));
   for (int s = 0; s < K; ++s) {
     const int64_t cell = x * S - conv.x.before + s;
@@ -25,12 +26,14 @@ template <int K, int S, class A> inline TapLanes<K> find_lanes(const Conv &conv,
     lanes.last[s] = int(minimum(lanes.valid, (conv.x.input - cell + S - 1) / S));
     if (lanes.first[s] >= lanes.last[s])
       lanes.first[s] = lanes.last[s] = N; // none
+    lanes.inside[s] = Lanes<A>::of(lanes.first[s], lanes.last[s]);
   }
   return lanes;
 }
 
 // What each tap of a row reads, from `cells` on. Full: all lanes lie inside.
-template <int K, int S, bool Full, class A> inline void load_taps(const A *cells, const TapLanes<K> &lanes, Vec<A> *x) {
+template <int K, int S, bool Full, class A>
+inline void load_taps(const A *cells, const TapLanes<A, K> &lanes, Vec<A> *x) {
   constexpr int N = kLanes<A>;
   if constexpr (S == 2 && Full) {
 #pragma GCC unroll 5
@@ -47,7 +50,7 @@ template <int K, int S, bool Full, class A> inline void load_taps(const A *cells
       if constexpr (S == 2)
         x[s] = load_every_second(cells + s, lanes.first[s], lanes.last[s]);
       else
-        x[s] = Full ? load(cells + s) : load_lanes(cells + s, lanes.first[s], lanes.last[s]);
+        x[s] = Full ? load(cells + s) : load_lanes(cells + s, lanes.inside[s]);
   }
 }
 
@@ -58,7 +61,7 @@ void depthwise_columns(const Conv &conv, const A *weights, const A *const *rows,
                        A *output, const A *add) {
   constexpr int D = (K - 1) / S + 1; // rows of the output that a row of the input is part of
   const int64_t offset = plane + x * S - conv.x.before;
-  const TapLanes<K> lanes = find_lanes<K, S, A>(conv, x);
+  const TapLanes<A, K> lanes = find_lanes<K, S, A>(conv, x);
   Vec<A> weight[K * K], sum[D];
 #pragma GCC unroll 25
   for (int t = 0; t < K * K; ++t)

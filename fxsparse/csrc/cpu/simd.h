@@ -161,11 +161,17 @@ inline void store(Float16 *p, Vec<float> v) { store_half(p, v); }
 #if defined(__AVX512F__)
 inline uint32_t lane_mask(int begin, int end) { return ((1u << end) - 1) & ~((1u << begin) - 1); }
 
-inline Vec<float> load_lanes(const float *p, int begin, int end) {
-  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(lane_mask(begin, end)), p);
+// Some lanes, found once for many loads.
+template <class A> struct Lanes {
+  uint32_t mask;
+
+  static Lanes of(int begin, int end) { return {lane_mask(begin, end)}; }
+};
+inline Vec<float> load_lanes(const float *p, Lanes<float> lanes) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16(lanes.mask), p);
 }
-inline Vec<double> load_lanes(const double *p, int begin, int end) {
-  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(lane_mask(begin, end)), p);
+inline Vec<double> load_lanes(const double *p, Lanes<double> lanes) {
+  return (Vec<double>)_mm512_maskz_loadu_pd(__mmask8(lanes.mask), p);
 }
 template <class H> inline Vec<float> load_half_lanes(const H *p, int begin, int end) {
   return widen((HalfVec)_mm256_maskz_loadu_epi16(__mmask16(lane_mask(begin, end)), p), H{});
@@ -219,11 +225,19 @@ inline __m256i lane_mask(int begin, int end) {
   return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(begin), lane),
                              _mm256_cmpgt_epi32(_mm256_set1_epi32(end), lane));
 }
-inline Vec<float> load_lanes(const float *p, int begin, int end) {
-  return (Vec<float>)_mm256_maskload_ps(p, lane_mask(begin, end));
+template <class A> struct Lanes {
+  __m256i mask;
+
+  static Lanes of(int begin, int end) {
+    constexpr int words = int(sizeof(A) / 4);
+    return {lane_mask(begin * words, end * words)};
+  }
+};
+inline Vec<float> load_lanes(const float *p, const Lanes<float> &lanes) {
+  return (Vec<float>)_mm256_maskload_ps(p, lanes.mask);
 }
-inline Vec<double> load_lanes(const double *p, int begin, int end) {
-  return (Vec<double>)_mm256_maskload_pd(p, lane_mask(2 * begin, 2 * end));
+inline Vec<double> load_lanes(const double *p, const Lanes<double> &lanes) {
+  return (Vec<double>)_mm256_maskload_pd(p, lanes.mask);
 }
 
 template <class A> struct Spread {
@@ -253,8 +267,14 @@ template <class A> inline Vec<A> load_vector_lanes(const A *p, int begin, int en
   copy_part((A *)&v + begin, p + begin, (end - begin) * int(sizeof(A)));
   return v;
 }
-inline Vec<float> load_lanes(const float *p, int begin, int end) { return load_vector_lanes(p, begin, end); }
-inline Vec<double> load_lanes(const double *p, int begin, int end) { return load_vector_lanes(p, begin, end); }
+template <class A> struct Lanes {
+  int begin, end;
+
+  static Lanes of(int begin, int end) { return {begin, end}; }
+};
+template <class A> inline Vec<A> load_lanes(const A *p, Lanes<A> lanes) {
+  return load_vector_lanes(p, lanes.begin, lanes.end);
+}
 #endif
 template <class A> inline void store_vector_lanes(A *p, Vec<A> v, int begin, int end) {
   if (end - begin == kLanes<A>)
@@ -279,6 +299,10 @@ template <class H> inline void store_half_lanes(H *p, Vec<float> v, int begin, i
 inline void store_lanes(float *p, Vec<float> v, int begin, int end) { store_vector_lanes(p, v, begin, end); }
 inline void store_lanes(double *p, Vec<double> v, int begin, int end) { store_vector_lanes(p, v, begin, end); }
 #endif
+inline Vec<float> load_lanes(const float *p, int begin, int end) { return load_lanes(p, Lanes<float>::of(begin, end)); }
+inline Vec<double> load_lanes(const double *p, int begin, int end) {
+  return load_lanes(p, Lanes<double>::of(begin, end));
+}
 inline Vec<float> load_lanes(const BFloat16 *p, int begin, int end) { return load_half_lanes(p, begin, end); }
 inline Vec<float> load_lanes(const Float16 *p, int begin, int end) { return load_half_lanes(p, begin, end); }
 inline void store_lanes(BFloat16 *p, Vec<float> v, int begin, int end) { store_half_lanes(p, v, begin, end); }
