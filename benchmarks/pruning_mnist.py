@@ -3,7 +3,8 @@
 Iterative magnitude pruning (30 % of the remaining weights a round, rewinding to the end of epoch 1) gives the masks of
 single weights; refill and the paper's regroup (Mt-KaHyPar, columns by count) remake them and train again from the same
 weights. Ours are group-column masks at fixed shares of the multiply-adds: with training in rounds, rewinding or going
-on; and without any training. The stem is left alone by all.
+on; without any training; and this distilled from the dense net, on images without their labels. The stem is left alone
+by all.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ IMP_LEVELS = (4, 6, 8, 10, 11, 12)  # rounds whose masks are remade
 SHARES = (0.30, 0.19, 0.126, 0.087, 0.059)  # of the multiply-adds
 FIRST_SHARE = 0.55
 BATCHES = (64, 1)
-METHODS = ("imp", "refill", "paper", "ours", "ours, no rewind", "ours, no training")
+DISTIL_EPOCHS, DISTIL_RATE = 16, 0.015
+METHODS = ("imp", "refill", "paper", "ours", "ours, no rewind", "ours, no training", "ours, distilled")
 
 
 class Experiment:
@@ -93,9 +95,9 @@ class Experiment:
             if method in methods and not self.cells.has(self.name(method, SHARES[-1])) and not self.cells.is_over:
                 self.ours(method, rewind)
         for share in SHARES:
-            method = "ours, no training"
-            if method in methods and not self.cells.has(self.name(method, share)) and not self.cells.is_over:
-                self.without_training(method, share)
+            for method, distils in (("ours, no training", False), ("ours, distilled", True)):
+                if method in methods and not self.cells.has(self.name(method, share)) and not self.cells.is_over:
+                    self.without_training(method, share, distils)
 
     def imp(self, methods: tuple[str, ...]) -> None:
         if not self.cells.has(self.name("imp", IMP_ROUNDS)) and not self.cells.is_over:
@@ -144,7 +146,7 @@ class Experiment:
             if step.number > 1:
                 self.add(method, shares[step.number - 1], model, step.masks)
 
-    def without_training(self, method: str, share: float) -> None:
+    def without_training(self, method: str, share: float, distils: bool) -> None:
         model = self.reset(self.dense)
         costs = count(model, self.inputs, list(self.layers))
         total = sum(cost.dense for cost in costs.layers.values())
@@ -152,8 +154,24 @@ class Experiment:
         data = self.images.train_x[:, :, inside, inside].contiguous()
         settings = fxsparse.PruneSettings(cost="macs", samples=len(data), exclude=(nets.stem(self.net),))
         pruned = fxsparse.prune(model, (share * total + costs.rest) / costs.total, data, settings=settings)
+        if distils:
+            self.distil(pruned.model, pruned.masks)
         masks = {n: torch.ones_like(c.weight, dtype=torch.bool) for n, c in self.layers.items()} | pruned.masks
         self.add(method, share, pruned.model, masks)
+
+    def distil(self, model: nn.Module, masks: Masks) -> None:
+        """Train a pruned net to answer as the dense one does."""
+        loss = pruning.Distillation(copy.deepcopy(self.reset(self.dense)))
+        with pruning.hold(model, masks):
+            train(
+                model,
+                self.images,
+                epochs=range(DISTIL_EPOCHS),
+                of=DISTIL_EPOCHS,
+                seed=self.seed,
+                loss=lambda logits, x, y: loss(logits, x),
+                peak=DISTIL_RATE,
+            )
 
 
 def fit(model: nn.Module, images: Images, seed: int, epochs: range) -> None:

@@ -152,6 +152,7 @@ _NAMES = {
     "ours": "ours, rewinding",
     "ours, no rewind": "ours, going on",
     "ours, no training": "ours, no training",
+    "ours, distilled": "ours, distilled",
 }
 
 

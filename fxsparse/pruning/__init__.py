@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from fxsparse.pruning.distillation import Distillation
 from fxsparse.pruning.holding import Held, hold
 from fxsparse.pruning.layers import kept_share, sparsity
 from fxsparse.pruning.magnitude import cubic_share, magnitude_masks, random_masks
@@ -17,6 +18,7 @@ from fxsparse.pruning.settings import PruneSettings
 from fxsparse.pruning.torch_masks import from_torch, make_permanent, to_torch
 
 __all__ = [
+    "Distillation",
     "Gradual",
     "Held",
     "Magnitude",
