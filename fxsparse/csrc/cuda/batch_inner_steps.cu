@@ -4,6 +4,7 @@
 #include "conv2d_kernel.h"
 #include "overlapping_launch.h"
 #include "packed_pairs.h"
+#include "with_type.h"
 
 namespace fxsparse::cuda {
 namespace {
@@ -130,17 +131,6 @@ __global__ void __launch_bounds__(kThreads) add(int64_t vectors, Activation acti
 }
 
 unsigned blocks(int64_t vectors) { return unsigned((vectors + kThreads - 1) / kThreads); }
-
-template <typename Body> cudaError_t with_type(TiledType type, const Body &body) {
-  switch (type) {
-  case TiledType::kBFloat16:
-    return body(__nv_bfloat16());
-  case TiledType::kHalf:
-    return body(__half());
-  default:
-    return body(float());
-  }
-}
 
 const uint4 *vectors_at(const void *pointer) { return static_cast<const uint4 *>(pointer); }
 

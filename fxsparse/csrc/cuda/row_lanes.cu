@@ -1,10 +1,7 @@
 #include "overlapping_launch.h"
 #include "row_lanes.h"
 #include "row_lanes_kernels.h"
-
-#include <climits>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "with_type.h"
 
 namespace fxsparse::cuda {
 namespace {
@@ -72,17 +69,6 @@ template <typename T> RowUnits units_of(const Images &images, int64_t columns) {
 }
 
 unsigned blocks(const RowUnits &units) { return (units.count + kRowThreads - 1) / kRowThreads; }
-
-template <typename Body> cudaError_t with_type(TiledType type, const Body &body) {
-  switch (type) {
-  case TiledType::kBFloat16:
-    return body(__nv_bfloat16());
-  case TiledType::kHalf:
-    return body(__half());
-  default:
-    return body(float());
-  }
-}
 
 } // namespace
 
