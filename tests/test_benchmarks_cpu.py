@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Mapping
@@ -25,8 +26,12 @@ ROW = {
 }  # fmt: skip
 
 
+_built = functools.cache(cpu.build)  # a network is converted once for all tests
+
+
 @pytest.fixture(autouse=True)
-def quick_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "build", _built)
     for seconds in ("_SITE_S", "_LEAST_S", "_MOST_S", "_MODEL_S"):
         monkeypatch.setattr(calibration, seconds, 0.01)
 
