@@ -46,15 +46,15 @@ class Distillation:
             the temperature.
 
         Raises:
-            FxsparseError: the teacher gives something else than a tensor like `logits`.
+            FxsparseError: the teacher gives something else than a tensor like `logits`, or these have no classes.
         """
         with torch.no_grad():
             wanted = self.teacher(*inputs)
-        if not isinstance(wanted, Tensor) or wanted.shape != logits.shape:
+        if not isinstance(wanted, Tensor) or wanted.shape != logits.shape or logits.dim() < 2:
             found = tuple(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
             raise FxsparseError(
-                f"The teacher gives {found}, the pruned model {tuple(logits.shape)}. Both must give the same logits: "
-                "wrap a model that gives something else in a module that returns them."
+                f"The teacher gives {found}, the pruned model {tuple(logits.shape)}. Both must give logits of one shape, "
+                "(N, classes, ...): wrap a model that gives something else in a module that returns them."
             )
         scale = 1 / self.temperature
         divergence = F.kl_div(

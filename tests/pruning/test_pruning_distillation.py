@@ -83,5 +83,7 @@ def test_refusals() -> None:
         pruning.Distillation(nn.Identity(), float("nan"))
     with pytest.raises(FxsparseError, match="The teacher gives tuple, the pruned model \\(2, 5\\)"):
         pruning.Distillation(Two())(torch.randn(2, 5), torch.randn(2, 5))
+    with pytest.raises(FxsparseError, match="The teacher gives \\(5,\\)"):
+        pruning.Distillation(nn.Identity())(torch.randn(5), torch.randn(5))
     with pytest.raises(FxsparseError, match="The teacher gives \\(2, 6\\)"):
         pruning.Distillation(nn.Identity())(torch.randn(2, 5), torch.randn(2, 6))
