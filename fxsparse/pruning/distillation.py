@@ -53,8 +53,8 @@ class Distillation:
         if not isinstance(wanted, Tensor) or wanted.shape != logits.shape or logits.dim() < 2:
             found = tuple(wanted.shape) if isinstance(wanted, Tensor) else type(wanted).__name__
             raise FxsparseError(
-                f"The teacher gives {found}, the pruned model {tuple(logits.shape)}. Both must give logits of one shape, "
-                "(N, classes, ...): wrap a model that gives something else in a module that returns them."
+                f"The teacher gives {found}, the pruned model {tuple(logits.shape)}. Both must give logits of one "
+                "shape, (N, classes, ...): wrap a model that gives something else in a module that returns them."
             )
         scale = 1 / self.temperature
         divergence = F.kl_div(
