@@ -179,8 +179,11 @@ def interleaved(
     with torch.inference_mode():
         clock = _cuda_clock(device, cold) if on_cuda else _cpu_clock
         share_s = _WARM_UP_SHARE * budget_s / max(len(arms), 1)
-        repeats = [_warm_up(arm, clock, share_s, sample_ms, most) for arm in arms.values()]
-        calls = [(arm, math.ceil(k * settle_ms / sample_ms), k) for arm, k in zip(arms.values(), repeats, strict=True)]
+        calls = []
+        for arm in arms.values():
+            call_ms = _warm_up(arm, clock, share_s, sample_ms, most)
+            settle = min(math.ceil(settle_ms / call_ms), _MOST_REPEATS)
+            calls.append((arm, settle, _repeats(sample_ms, call_ms, most)))
         samples: dict[str, list[float]] = {name: [] for name in arms}
         names = list(arms)
         start = time.perf_counter()
@@ -264,18 +267,25 @@ def graphed(arm: Arm, device: torch.device) -> Arm:
     return replay
 
 
-def _warm_up(arm: Arm, clock: Clock, share_s: float, sample_ms: float, most: int) -> int:
-    """Call an arm until its time no longer falls; return how many calls make a sample, at most `most`."""
+def _warm_up(arm: Arm, clock: Clock, share_s: float, sample_ms: float, most: int) -> float:
+    """Call an arm until its time no longer falls; return the time of one call in milliseconds.
+
+    Its samples grow to `sample_ms`, at most `most` calls, as it gets faster.
+    """
     arm()  # allocations, lazily chosen kernels, compilation: says nothing about the calls after it
     times: list[float] = []
     repeats = 1
     start = time.perf_counter()
     while len(times) < _WARM_UP_SAMPLES:
         times += clock([(arm, 0, repeats)])
-        repeats = max(1, min(most, int(sample_ms / max(times[-1], _SHORTEST_MS))))
+        repeats = _repeats(sample_ms, max(times[-1], _SHORTEST_MS), most)
         if _is_stable(times) or time.perf_counter() - start > share_s:
             break
-    return repeats
+    return max(times[-1], _SHORTEST_MS)
+
+
+def _repeats(sample_ms: float, call_ms: float, most: int) -> int:
+    return max(1, min(most, int(sample_ms / call_ms)))
 
 
 def _is_stable(times: list[float]) -> bool:

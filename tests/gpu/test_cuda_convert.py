@@ -12,13 +12,7 @@ import fxsparse
 from fxsparse import sites
 from fxsparse.report import graphs_of
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
 
 
 @pytest.mark.parametrize("rung", ["symbolic", "export", "modules"])

@@ -20,18 +20,12 @@ import fxsparse
 from fxsparse import FxsparseError, Mode, sites
 from fxsparse.report import graphs_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 
 RUNGS = ("symbolic", "export", "modules")
 ROOT = Path(__file__).parents[2]
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(autouse=True)
-def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def masked_net(seed: int = 0) -> tuple[nn.Module, dict[str, Tensor]]:

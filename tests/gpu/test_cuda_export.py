@@ -19,7 +19,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import fxsparse
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
 PLAIN_PACKAGE = """
 import sys, torch
 with torch.no_grad():
@@ -39,12 +39,6 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 needs_toolkit = pytest.mark.skipif(CUDA_HOME is None, reason="no CUDA toolkit, whose headers AOTInductor compiles with")
 BATCHES = (1, 2, 5)
-
-
-@pytest.fixture(autouse=True)
-def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def converted(device: str = "cuda") -> nn.Module:

@@ -16,16 +16,10 @@ import fxsparse
 from fxsparse.graph_module import ConvertedModule
 from fxsparse.ops.region import NONE, Add, Average, MaxPool
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_float32")]
 OP = torch.ops.fxsparse.region_batch_inner
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 SLEEP_CYCLES = 200_000_000  # about 0.1 s
-
-
-@pytest.fixture(autouse=True)
-def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)
