@@ -343,12 +343,14 @@ def _tiled_arm(gm: GraphModule, site: ConvSite, source: Tensor, packed: packings
     made = tile_cache.tiled(PackedWeight(values, columns, panels, rows, site.weight_shape))
     kind = source.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
-    x = batch_inner.to_batch_inner(source.to(dtype))
+    x = source.to(dtype)
     tiles = batch_inner.cast_tiles(made.values, made.tile_rows, dtype)
     bias = None if site.bias is None else sites.attribute(gm, site.bias).to(dtype)
     tables = (tiles, made.columns, made.tiles, made.rows, bias)
     geometry = (list(site.weight_shape), list(site.stride), list(site.padding), list(site.dilation), site.groups)
-    return partial(torch.ops.fxsparse.conv2d_batch_inner, x, *tables, *geometry)
+    if len(x) < batch_inner.LANES:  # as csrc/plane_region.h decides
+        return partial(torch.ops.fxsparse.conv2d_planes, x.contiguous(), *tables, *geometry, overlap=True)
+    return partial(torch.ops.fxsparse.conv2d_batch_inner, batch_inner.to_batch_inner(x), *tables, *geometry)
 
 
 def _round_trip(value: Tensor) -> list[Tensor]:

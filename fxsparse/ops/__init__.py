@@ -8,5 +8,5 @@ from fxsparse.ops import library
 library.load()
 
 from fxsparse.ops import conv2d as conv2d  # noqa: E402 - registers on top of the loaded schemas
-from fxsparse.ops import conv2d_batch_inner as conv2d_batch_inner  # noqa: E402 - likewise
+from fxsparse.ops import conv2d_tiled as conv2d_tiled  # noqa: E402 - likewise
 from fxsparse.ops import run_region as run_region  # noqa: E402 - likewise

@@ -79,14 +79,60 @@ def conv2d_batch_inner(
 
     `kernel` and `overlap` choose among CUDA kernels: nothing here.
     """
-    weight = untile(tile_values, tile_columns, tiles, tile_rows, weight_shape, groups)
+    tiled = (tile_values, tile_columns, tiles, tile_rows)
+    geometry = (weight_shape, stride, padding, dilation, groups)
+    return to_batch_inner(_computed(input, tiled, bias, geometry, activation, add))
+
+
+def conv2d_planes(
+    input: Tensor,
+    tile_values: Tensor,
+    tile_columns: Tensor,
+    tiles: Tensor,
+    tile_rows: Tensor,
+    bias: Tensor | None,
+    weight_shape: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    activation: str = "none",
+    add: Tensor | None = None,
+    tile: list[int] | None = None,
+    overlap: bool = False,
+) -> Tensor:
+    """Compute the same between images as torch stores them: the result is channels_last if the input's channels are.
+
+    `tile` and `overlap` choose among CUDA kernels: nothing here.
+    """
+    tiled = (tile_values, tile_columns, tiles, tile_rows)
+    geometry = (weight_shape, stride, padding, dilation, groups)
+    result = _computed(input, tiled, bias, geometry, activation, add)
+    return result.contiguous(memory_format=plane_format(input))
+
+
+def plane_format(input: Tensor) -> torch.memory_format:
+    """Return the memory format of what `conv2d_planes` makes of an input [N, C, H, W]."""
+    return torch.contiguous_format if input.is_contiguous() or input.stride(1) != 1 else torch.channels_last
+
+
+def _computed(
+    input: Tensor,
+    tiled: tuple[Tensor, Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    geometry: tuple[list[int], list[int], list[int], list[int], int],
+    activation: str,
+    add: Tensor | None,
+) -> Tensor:
+    weight_shape, stride, padding, dilation, groups = geometry
+    weight = untile(*tiled, weight_shape, groups)
     accumulate = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
     padded = reference.pad(input, padding, "zeros").to(accumulate)
     wide_bias = None if bias is None else bias.to(accumulate)
     out = F.conv2d(padded, weight.to(accumulate), wide_bias, stride, 0, dilation, groups)
     if add is not None:
         out = out + add
-    return to_batch_inner(reference.ACTIVATIONS[activation](out).to(input.dtype))
+    return reference.ACTIVATIONS[activation](out).to(input.dtype)
 
 
 def untile(

@@ -32,6 +32,11 @@ SCHEMAS = {
         "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
         'str activation="none", Tensor? add=None, str kernel="auto", bool overlap=True) -> Tensor'
     ),
+    "conv2d_planes": (
+        "(Tensor input, Tensor tile_values, Tensor tile_columns, Tensor tiles, Tensor tile_rows, Tensor? bias, "
+        "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
+        'str activation="none", Tensor? add=None, int[] tile=[0, 0, 0], bool overlap=False) -> Tensor'
+    ),
     "region": "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]",
     "region_batch_inner": (
         "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs, int[] channels_last) -> Tensor[]"
@@ -43,6 +48,7 @@ SCHEMAS = {
 _REFERENCE: dict[str, Callable[..., Tensor | list[Tensor] | None]] = {
     "conv2d": reference.conv2d,
     "conv2d_batch_inner": batch_inner.conv2d_batch_inner,
+    "conv2d_planes": batch_inner.conv2d_planes,
     "region": region.reference,
     "region_batch_inner": region.reference_batch_inner,
     "unpack": reference.unpack,

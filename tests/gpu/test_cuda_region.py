@@ -30,10 +30,10 @@ def _poisoned_memory() -> None:
         del blocks
 
 
-@pytest.fixture(params=["batch_inner", "row_lanes"])
+@pytest.fixture(params=["batch_inner", "planes"])
 def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Store the values of a region in one way, whatever would be faster."""
-    monkeypatch.setenv("FXSPARSE_CUDA_ROW_LANES", str(int(request.param == "row_lanes")))
+    monkeypatch.setenv("FXSPARSE_CUDA_STORAGE", request.param)
     return str(request.param)
 
 
@@ -60,7 +60,7 @@ def test_every_step(batch: int, dtype: torch.dtype, memory_format: torch.memory_
 @pytest.mark.parametrize("tile_rows", [64, 128])
 @pytest.mark.parametrize("dtype", list(RELATIVE))
 @pytest.mark.parametrize("channels, density", [(24, 0.3), (200, 0.05), (136, 0.9)])
-@pytest.mark.parametrize("batch, height, width", [(1, 9, 14), (12, 8, 8), (64, 21, 6), (256, 18, 17)])
+@pytest.mark.parametrize("batch, height, width", [(1, 9, 14), (5, 11, 9), (12, 8, 8), (64, 21, 6), (256, 18, 17)])
 def test_convolutions_pool_by_themselves(
     batch: int, height: int, width: int, channels: int, density: float, dtype: torch.dtype, tile_rows: int
 ) -> None:
@@ -76,8 +76,11 @@ def test_convolutions_pool_by_themselves(
     last = OP([x], tensors, drawn.program, [4], [])[0]
     # A result that leaves the region is written before it is pooled.
     one_by_one = OP([x], tensors, drawn.program, [1, 2, 3, 4], [])
-    assert torch.equal(pooled.nan_to_num(7), one_by_one[1].nan_to_num(7))
-    assert torch.equal(last.nan_to_num(7), one_by_one[3].nan_to_num(7))
+    # Few images may be summed in another order when they are not pooled.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype] if batch < 8 else 0
+    same = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    torch.testing.assert_close(pooled, one_by_one[1], **same)
+    torch.testing.assert_close(last, one_by_one[3], **same)
     assert pooled.isnan().any() and not pooled.isnan().all()
     assert torch.equal(pooled.isnan(), torch.max_pool2d(one_by_one[0], 2).isnan())
 
@@ -97,20 +100,32 @@ def test_convolutions_of_every_geometry(batch: int, height: int, width: int, dty
     agrees(drawn, x, [1, 3, 4, 5, 6], (3,))
 
 
-def test_one_large_image_runs_in_row_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FXSPARSE_CUDA_ROW_LANES", "auto")
+def test_few_images_run_as_torch_stores_them() -> None:
     drawn = Drawn(normed=True)
     drawn.conv(0, (256, 64, 1, 1), 0.1)
     drawn.conv(1, (64, 256, 1, 1), 0.1)
     names = {}
-    for batch in (1, 8):
-        x = torch.randn(batch, 64, 56, 56, device="cuda", dtype=torch.bfloat16)
+    for batch in (7, 8):
+        x = torch.randn(batch, 64, 14, 14, device="cuda", dtype=torch.bfloat16)
         agrees(drawn, x, [2])
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             drawn.run_batch_inner([x], [2])
         names[batch] = [event.key for event in profile.key_averages()]
-    assert any("unfold_rows" in name for name in names[1])
-    assert not any("unfold_rows" in name for name in names[8])
+    assert any("plane_conv" in name for name in names[7])
+    assert not any("plane_conv" in name for name in names[8])
+
+
+def test_odd_rows_that_are_padded_between_steps() -> None:
+    """Residual additions, a pooling and a mean of values whose rows have a lane more than torch's."""
+    for width in (1, 7, 13):
+        drawn = Drawn(normed=True)
+        drawn.conv(0, (96, 8, 3, 3), 0.2, padding=(1, 1, 1, 1), activation="relu")  # 1
+        drawn.conv(1, (96, 96, 1, 1), 0.1)  # 2
+        drawn.conv(2, (96, 96, 3, 3), 0.05, padding=(1, 1, 1, 1), add=1, activation="relu")  # 3
+        drawn.steps += [MaxPool(3, (3, 3), (1, 1), (1, 1), (1, 1), False), Add(4, 1, "relu"), Average(5)]  # 4, 5, 6
+        x = torch.randn(2, 8, width, width, device="cuda", dtype=torch.bfloat16)
+        agrees(drawn, x, [6])
+        agrees(drawn, x, [3, 5])
 
 
 @pytest.mark.usefixtures("storage")

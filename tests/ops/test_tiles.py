@@ -19,7 +19,8 @@ from fxsparse.ops import batch_inner, tiles
 from fxsparse.ops.packing import PackedWeight, pack
 from fxsparse.regrouping import Block, Regrouping
 
-OP = torch.ops.fxsparse.conv2d_batch_inner
+OPS = {"batch_inner": torch.ops.fxsparse.conv2d_batch_inner, "planes": torch.ops.fxsparse.conv2d_planes}
+each_operator = pytest.mark.parametrize("name", list(OPS))
 
 
 def _expected(case: Case) -> Tensor:
@@ -34,14 +35,12 @@ def _arguments(case: Case, tiled: tiles.TiledWeight) -> tuple[Any, ...]:
     return (case.input, *tables, case.bias_tensor, *options, case.groups, case.activation, case.add_tensor)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_the_kernels_reads_give_the_convolution(data: st.DataObject) -> None:
+def _drawn(data: st.DataObject, largest_batch: int) -> Case:
     pick = data.draw
     groups = pick(st.sampled_from([1, 1, 2, 3]))
     kernel = (pick(st.integers(1, 4)), pick(st.integers(1, 4)))
-    case = Case(
-        batch=pick(st.integers(1, 18)),
+    return Case(
+        batch=pick(st.integers(1, largest_batch)),
         in_channels=groups * pick(st.integers(1, 6)),
         out_channels=groups * pick(st.sampled_from([1, 7, 33, 80])),
         kernel=kernel,
@@ -54,10 +53,27 @@ def test_the_kernels_reads_give_the_convolution(data: st.DataObject) -> None:
         dtype=pick(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
         seed=pick(st.integers(0, 99)),
     )
-    tiled = tiles.tile(case.packed, pick(st.sampled_from([64, 128])))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_kernels_reads_give_the_convolution(data: st.DataObject) -> None:
+    case = _drawn(data, 18)
+    tiled = tiles.tile(case.packed, data.draw(st.sampled_from([64, 128])))
     got = tiles_emulator.run(
-        tiled, case.input, case.stride, case.padding, case.dilation, pick(st.sampled_from([64, 128, 256]))
+        tiled, case.input, case.stride, case.padding, case.dilation, data.draw(st.sampled_from([64, 128, 256]))
     )
+    torch.testing.assert_close(got, _expected(case), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_the_reads_of_few_images_give_the_convolution(data: st.DataObject) -> None:
+    case = _drawn(data, 2)
+    tiled = tiles.tile(case.packed, data.draw(st.sampled_from([64, 128])))
+    parts = (st.sampled_from([32, 64]), st.sampled_from([8, 16]), st.sampled_from([1, 2, 4, 8]))
+    tile, pairs = data.draw(st.tuples(*parts)), data.draw(st.booleans())
+    got = tiles_emulator.run_planes(tiled, case.input, case.stride, case.padding, case.dilation, tile, pairs)
     torch.testing.assert_close(got, _expected(case), rtol=1e-12, atol=1e-12)
 
 
@@ -74,28 +90,40 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@each_operator
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("rows", [64, 128])
-def test_the_operator_agrees_with_float64(options: dict[str, Any], rows: int) -> None:
+def test_the_operator_agrees_with_float64(options: dict[str, Any], rows: int, name: str) -> None:
     case = Case(**options)
-    got = OP(*_arguments(case, tiles.tile(case.packed, rows)))
+    got = OPS[name](*_arguments(case, tiles.tile(case.packed, rows)))
     wanted = case.expected()
-    assert batch_inner.is_batch_inner(got) and got.dtype == case.dtype and got.shape == wanted.shape
+    assert got.dtype == case.dtype and got.shape == wanted.shape
+    assert batch_inner.is_batch_inner(got) if name == "batch_inner" else got.is_contiguous()
     error = (got.double() - wanted).abs().max() / wanted.abs().max()
     assert error < tolerance(case.dtype, case.weight[0].numel())
 
 
+@each_operator
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16, "batch": 8, "add": True}, {"groups": 2}], ids=str)
-def test_the_operator_passes_opcheck(options: dict[str, Any]) -> None:
+def test_the_operator_passes_opcheck(options: dict[str, Any], name: str) -> None:
     case = Case(**options)
-    torch.library.opcheck(OP.default, _arguments(case, tiles.tile(case.packed)))
+    torch.library.opcheck(OPS[name].default, _arguments(case, tiles.tile(case.packed)))
 
 
-def test_a_gradient_is_refused() -> None:
+def test_planes_keep_channels_last() -> None:
+    case = Case()
+    case.input = case.input.contiguous(memory_format=torch.channels_last)
+    arguments = _arguments(case, tiles.tile(case.packed))
+    assert OPS["planes"](*arguments).is_contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(OPS["planes"].default, arguments)
+
+
+@each_operator
+def test_a_gradient_is_refused(name: str) -> None:
     case = Case()
     case.input.requires_grad_()
-    out = OP(*_arguments(case, tiles.tile(case.packed)))
-    with pytest.raises(FxsparseError, match="has no backward"):
+    out = OPS[name](*_arguments(case, tiles.tile(case.packed)))
+    with pytest.raises(FxsparseError, match=f"conv2d_{name}. has no backward"):
         out.sum().backward()
 
 

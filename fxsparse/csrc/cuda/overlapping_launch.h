@@ -14,26 +14,47 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 #endif
 }
 
+// For a kernel that reads nothing but weights and tables before it calls `wait_after_trigger`: the next one begins
+// while this one still waits, so that its own loads of weights are long under way when its turn comes.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ __forceinline__ void wait_after_trigger() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+// `overlap`: false for a kernel that reads weights before it waits and is the first to follow what may have written
+// them.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
-                               cudaStream_t stream, const Arguments &...arguments) {
+cudaError_t launch_if_overlapping(bool overlap, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                                  cudaStream_t stream, const Arguments &...arguments) {
   int device = 0, major = 0;
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess)
     return status;
   if (const cudaError_t status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
       status != cudaSuccess)
     return status;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = size_t(shared_bytes);
   config.stream = stream;
-  config.attrs = &overlap; // unknown to devices before compute capability 9.0
-  config.numAttrs = major >= 9;
+  config.attrs = &attribute; // unknown to devices before compute capability 9.0
+  config.numAttrs = overlap && major >= 9;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_overlapping(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
+                               cudaStream_t stream, const Arguments &...arguments) {
+  return launch_if_overlapping(true, kernel, grid, threads, shared_bytes, stream, arguments...);
 }
 
 } // namespace fxsparse::cuda

@@ -1,6 +1,6 @@
 // Where a tile's reads and writes lie in images stored batch-innermost. Everything counts in *units* of 16 bytes (8
 // lanes of the batch, or 4 in float32): 32 bits then reach 2^31 units. Sums of offsets may wrap on the way; what is
-// read is inside the tensor.
+// read is inside the tensor. Of images as torch stores them a unit is one element (plane_conv_kernel.h).
 #pragma once
 
 #include "tiled_conv2d.h"
@@ -35,6 +35,7 @@ struct GatherShape {
   int window;                  // of the pooling in each direction; 1: none
   int out_units;               // of one stored channel: height * width * units
   uint32_t row_step, tap_step; // units from one kernel row or column to the next
+  uint32_t channel_step;       // and from one input channel to the next
   Divider by_units, by_out_width, by_dilation_y, by_dilation_x;
 
   static GatherShape of(const Conv2dGeometry &g, int lanes_per_unit, bool pools = false) {
@@ -49,6 +50,7 @@ struct GatherShape {
     s.out_units = int(g.out_height / s.window * (g.out_width / s.window) * s.units);
     s.tap_step = uint32_t(g.dilation_x * g.in_channels * s.units);
     s.row_step = uint32_t(g.dilation_y * g.in_width * g.in_channels * s.units);
+    s.channel_step = uint32_t(s.units);
     s.by_units = Divider::by(s.units), s.by_out_width = Divider::by(g.out_width / s.window);
     s.by_dilation_y = Divider::by(g.dilation_y), s.by_dilation_x = Divider::by(g.dilation_x);
     return s;
@@ -86,6 +88,13 @@ __device__ __forceinline__ uint32_t bits_of(TapRange range) {
   return ((1u << range.last) - 1u) & ~((1u << range.first) - 1u);
 }
 
+// A position's mask of taps; `y` and `x`: of its first tap.
+__device__ __forceinline__ uint32_t taps_met(const GatherShape &s, int y, int x) {
+  const TapRange rows = taps_inside(y, s.in_height, s.kernel_height, s.by_dilation_y);
+  const TapRange columns = taps_inside(x, s.in_width, s.kernel_width, s.by_dilation_x);
+  return bits_of(rows) | bits_of(columns) << 16;
+}
+
 // The stored pixel that a unit belongs to.
 struct Pixel {
   int y, x, index, lane_unit;
@@ -103,11 +112,8 @@ __device__ __forceinline__ Position position_of(const GatherShape &s, int unit, 
   const Pixel pixel = pixel_of(s, unit);
   const int y = (pixel.y * s.window + part / 2) * s.stride_y - s.pad_top;
   const int x = (pixel.x * s.window + part % 2) * s.stride_x - s.pad_left;
-  const TapRange rows = taps_inside(y, s.in_height, s.kernel_height, s.by_dilation_y);
-  const TapRange columns = taps_inside(x, s.in_width, s.kernel_width, s.by_dilation_x);
   const uint32_t pixel_at = uint32_t(y) * uint32_t(s.in_width) + uint32_t(x);
-  return {pixel_at * uint32_t(s.in_channels) * uint32_t(s.units) + uint32_t(pixel.lane_unit),
-          bits_of(rows) | bits_of(columns) << 16};
+  return {pixel_at * uint32_t(s.in_channels) * uint32_t(s.units) + uint32_t(pixel.lane_unit), taps_met(s, y, x)};
 }
 
 // Where a unit of output channel 0 is stored, or -1 behind the last. Channels are `units` apart.
@@ -136,7 +142,7 @@ __device__ __forceinline__ Column decode_column(const GatherShape &s, int32_t wo
     return {0, ~0u}; // no position has all bits
   if (word < 0 || r >= s.kernel_height || tap >= s.kernel_width || channel >= s.in_channels)
     __trap();
-  return {uint32_t(r) * s.row_step + uint32_t(tap) * s.tap_step + uint32_t(channel) * uint32_t(s.units),
+  return {uint32_t(r) * s.row_step + uint32_t(tap) * s.tap_step + uint32_t(channel) * s.channel_step,
           1u << r | 0x10000u << tap};
 }
 
