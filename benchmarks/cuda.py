@@ -2,8 +2,8 @@
 
 The four 3x3 shapes of ResNet-50 and 1x1 ones around them, in bfloat16 (or another dtype), under masks in groups of
 rows that share random columns. The dense side is the fastest of cuDNN's (NCHW and channels_last, `cudnn.benchmark` on);
-ours is `fxsparse::conv2d_batch_inner` between batch-innermost images: the kernel that it chooses, with and without
-launches that overlap, and every other. All are timed in CUDA graphs of many launches on the same tensors, round robin.
+ours is `fxsparse::conv2d_batch_inner` between batch-innermost images, or of fewer than 8 `fxsparse::conv2d_planes`: the
+kernel that it chooses, with and without launches that overlap, and every other. All are timed in CUDA graphs of many launches on the same tensors, round robin.
 Outputs are checked against float64 first.
 """
 
@@ -115,12 +115,15 @@ def _sparse_case(layer: Layer, x: Tensor, weight: Tensor, dense: dict[str, float
     tiled = tiles.tile(pack(kept, regrouping))
     inner = batch_inner.to_batch_inner(x)
     has_wgmma = torch.cuda.get_device_capability()[0] == 9 and x.dtype != torch.float32
+    auto = "planes" if len(x) < batch_inner.LANES else "auto"  # as a region chooses
 
     def call(kernel: str, overlap: bool = True) -> Call:
-        return lambda: sparse_call(layer, inner, tiled, kernel, overlap)
+        return lambda: sparse_call(layer, x if kernel == "planes" else inner, tiled, kernel, overlap)
 
-    error = relative_error(call("auto")(), F.conv2d(x[:8].double(), kept.double(), None, layer.stride, layer.padding))
-    arms = {"auto": call("auto"), "auto, alone": call("auto", False)}
+    error = relative_error(call(auto)(), F.conv2d(x[:8].double(), kept.double(), None, layer.stride, layer.padding))
+    arms = {"auto": call(auto), "auto, alone": call(auto, False)}
+    if auto != "auto":
+        arms["batch-innermost"] = call("auto")
     arms |= {kernel: call(kernel) for kernel in ("portable", *(HOPPER_KERNELS if has_wgmma else ()))}
     ours = graph_times(arms)
     best = min(dense.values())
@@ -150,21 +153,13 @@ def dense_calls(layer: Layer, x: Tensor, weight: Tensor) -> dict[str, Call]:
 
 
 def sparse_call(layer: Layer, x: Tensor, tiled: tiles.TiledWeight, kernel: str, overlap: bool) -> Tensor:
-    """Run a layer between batch-innermost images."""
-    result: Tensor = torch.ops.fxsparse.conv2d_batch_inner(
-        x,
-        tiled.values,
-        tiled.columns,
-        tiled.tiles,
-        tiled.rows,
-        None,
-        tiled.weight_shape,
-        (layer.stride, layer.stride),
-        (layer.padding,) * 4,
-        (1, 1),
-        1,
-        kernel=kernel,
-        overlap=overlap,
+    """Run a layer between batch-innermost images, or with kernel "planes" as torch stores them."""
+    tables = (tiled.values, tiled.columns, tiled.tiles, tiled.rows, None, tiled.weight_shape)
+    geometry = ((layer.stride, layer.stride), (layer.padding,) * 4, (1, 1), 1)
+    result: Tensor = (
+        torch.ops.fxsparse.conv2d_planes(x, *tables, *geometry, overlap=overlap)
+        if kernel == "planes"
+        else torch.ops.fxsparse.conv2d_batch_inner(x, *tables, *geometry, kernel=kernel, overlap=overlap)
     )
     return result
 
