@@ -3,8 +3,8 @@
 The four 3x3 shapes of ResNet-50 and 1x1 ones around them, in bfloat16 (or another dtype), under masks in groups of
 rows that share random columns. The dense side is the fastest of cuDNN's (NCHW and channels_last, `cudnn.benchmark` on);
 ours is `fxsparse::conv2d_batch_inner` between batch-innermost images, or of fewer than 8 `fxsparse::conv2d_planes`: the
-kernel that it chooses, with and without launches that overlap, and every other. All are timed in CUDA graphs of many launches on the same tensors, round robin.
-Outputs are checked against float64 first.
+kernel that it chooses, with and without launches that overlap, and every other. All are timed in CUDA graphs of many
+launches on the same tensors, round robin. Outputs are checked against float64 first.
 """
 
 from __future__ import annotations

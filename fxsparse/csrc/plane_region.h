@@ -42,7 +42,7 @@ public:
   // Queues everything.
   void queue() {
     place([&](int64_t value) { return values_[value].outside == nullptr ? program_.batch * strides(value).image : 0; });
-    bool first = true; // its weights may just have been written
+    bool first = true; // what runs before it may write weights
     for (size_t i = 0; i < program_.steps.size(); ++i) {
       const ProgramStep &step = program_.steps[i];
       if (values_[step.output].pooled_by_conv)
@@ -86,13 +86,13 @@ private:
     }
     case ProgramKind::kMaxPool:
       return launch_plane_max_pool(max_pool_of(step, images(step.input), program_.values[out]), strides(step.input),
-                                   strides(out), type_, at(step.input), at(out), stream_);
+                                   strides(out), type_, overlap, at(step.input), at(out), stream_);
     case ProgramKind::kAdd:
       return launch_plane_add(images(out), strides(step.input), strides(step.add), strides(out), step.activation, type_,
-                              at(step.input), at(step.add), at(out), stream_);
+                              overlap, at(step.input), at(step.add), at(out), stream_);
     case ProgramKind::kAverage:
-      return launch_plane_average(images(step.input), strides(step.input), strides(out), type_, at(step.input), at(out),
-                                  stream_);
+      return launch_plane_average(images(step.input), strides(step.input), strides(out), type_, overlap, at(step.input),
+                                  at(out), stream_);
     }
     return cudaErrorInvalidValue;
   }

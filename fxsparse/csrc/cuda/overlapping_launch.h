@@ -15,7 +15,8 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 }
 
 // For a kernel that reads nothing but weights and tables before it calls `wait_after_trigger`: the next one begins
-// while this one still waits, so that its own loads of weights are long under way when its turn comes.
+// while this one still waits, so that its own loads of weights are long under way when its turn comes. The first of
+// such a chain is launched without overlap: all that wrote weights has ended then.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -27,8 +28,7 @@ __device__ __forceinline__ void wait_after_trigger() {
 #endif
 }
 
-// `overlap`: false for a kernel that reads weights before it waits and is the first to follow what may have written
-// them.
+// `overlap`: false for the first of a chain.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_if_overlapping(bool overlap, void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                                   cudaStream_t stream, const Arguments &...arguments) {

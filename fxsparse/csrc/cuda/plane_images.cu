@@ -145,36 +145,37 @@ bool are_few(const Images &images) {
 }
 
 cudaError_t launch_plane_max_pool(const MaxPool &pool, const ImageStrides &from, const ImageStrides &to, TiledType type,
-                                  const void *input, void *output, cudaStream_t stream) {
+                                  bool overlap, const void *input, void *output, cudaStream_t stream) {
   const Elements all = Elements::of({pool.in.batch, pool.in.channels, pool.out_height, pool.out_width});
   return with_type(type, [&](auto value) {
     using T = decltype(value);
     const auto side = [&](int64_t size) { return pool.kernel[0] == size && pool.kernel[1] == size; };
     const auto kernel = side(3) ? max_pool<T, 3> : side(2) ? max_pool<T, 2> : max_pool<T, 0>;
-    return launch_overlapping(kernel, dim3(blocks(all.count)), kThreads, 0, stream, pool, all, Steps::of(from),
-                              Steps::of(to), static_cast<const T *>(input), static_cast<T *>(output));
+    return launch_if_overlapping(overlap, kernel, dim3(blocks(all.count)), kThreads, 0, stream, pool, all,
+                                 Steps::of(from), Steps::of(to), static_cast<const T *>(input),
+                                 static_cast<T *>(output));
   });
 }
 
 cudaError_t launch_plane_average(const Images &images, const ImageStrides &from, const ImageStrides &to, TiledType type,
-                                 const void *input, void *output, cudaStream_t stream) {
+                                 bool overlap, const void *input, void *output, cudaStream_t stream) {
   return with_type(type, [&](auto value) {
     using T = decltype(value);
     const unsigned grid = unsigned((images.channels * images.batch + kWarps - 1) / kWarps);
-    return launch_overlapping(average<T>, dim3(grid), kThreads, 0, stream, images, Steps::of(from), Steps::of(to),
-                              static_cast<const T *>(input), static_cast<T *>(output));
+    return launch_if_overlapping(overlap, average<T>, dim3(grid), kThreads, 0, stream, images, Steps::of(from),
+                                 Steps::of(to), static_cast<const T *>(input), static_cast<T *>(output));
   });
 }
 
 cudaError_t launch_plane_add(const Images &images, const ImageStrides &from, const ImageStrides &added,
-                             const ImageStrides &to, Activation activation, TiledType type, const void *input,
-                             const void *other, void *output, cudaStream_t stream) {
+                             const ImageStrides &to, Activation activation, TiledType type, bool overlap,
+                             const void *input, const void *other, void *output, cudaStream_t stream) {
   const Elements all = Elements::of(images);
   return with_type(type, [&](auto value) {
     using T = decltype(value);
-    return launch_overlapping(add<T>, dim3(blocks(all.count)), kThreads, 0, stream, all, Steps::of(from),
-                              Steps::of(added), Steps::of(to), activation, static_cast<const T *>(input),
-                              static_cast<const T *>(other), static_cast<T *>(output));
+    return launch_if_overlapping(overlap, add<T>, dim3(blocks(all.count)), kThreads, 0, stream, all, Steps::of(from),
+                                 Steps::of(added), Steps::of(to), activation, static_cast<const T *>(input),
+                                 static_cast<const T *>(other), static_cast<T *>(output));
   });
 }
 

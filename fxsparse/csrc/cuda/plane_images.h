@@ -22,14 +22,15 @@ ImageStrides strides_in_torch(const Images &images, ImageLayout layout);
 // Whether the kernels can count such images' elements in 32 bits.
 bool are_few(const Images &images);
 
+// `overlap` as that of PlaneConv.
 cudaError_t launch_plane_max_pool(const MaxPool &pool, const ImageStrides &from, const ImageStrides &to, TiledType type,
-                                  const void *input, void *output, cudaStream_t stream);
+                                  bool overlap, const void *input, void *output, cudaStream_t stream);
 // The mean of each plane; summed in float.
 cudaError_t launch_plane_average(const Images &images, const ImageStrides &from, const ImageStrides &to, TiledType type,
-                                 const void *input, void *output, cudaStream_t stream);
+                                 bool overlap, const void *input, void *output, cudaStream_t stream);
 // activation(input + add); `add` may be null.
 cudaError_t launch_plane_add(const Images &images, const ImageStrides &from, const ImageStrides &added,
-                             const ImageStrides &to, Activation activation, TiledType type, const void *input,
-                             const void *add, void *output, cudaStream_t stream);
+                             const ImageStrides &to, Activation activation, TiledType type, bool overlap,
+                             const void *input, const void *add, void *output, cudaStream_t stream);
 
 } // namespace fxsparse::cuda
