@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+WORKERS ?= 2
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard fxsparse/csrc/*) $(wildcard fxsparse/csrc/*/*)
 
@@ -10,8 +11,9 @@ SOURCES := setup.py pyproject.toml $(wildcard fxsparse/csrc/*) $(wildcard fxspar
 demo: $(VENV)/.built
 	$(BIN)/fxsparse demo
 
+# Threads of one worker that wait by spinning would take the other worker's cores.
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadscope
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
