@@ -13,13 +13,14 @@ namespace fxsparse {
 // Whether a program runs so. Measured on an H200 (benchmarks/NOTES.md): below 8 images, of which batch-innermost lanes
 // would be padding. FXSPARSE_CUDA_STORAGE says "planes" or "batch_inner", for tests and measurements.
 inline bool runs_on_planes(const Program &program) {
+  const char *asked = std::getenv("FXSPARSE_CUDA_STORAGE");
+  const bool chosen = asked == nullptr || *asked == '\0', planes = !chosen && std::strcmp(asked, "planes") == 0;
+  STD_TORCH_CHECK(chosen || planes || std::strcmp(asked, "batch_inner") == 0, "FXSPARSE_CUDA_STORAGE is '", asked,
+                  "', expected 'planes' or 'batch_inner'");
   for (const ProgramValue &v : program.values)
     if (!cuda::are_few({program.batch, v.channels, v.height, v.width}))
       return false;
-  const char *asked = std::getenv("FXSPARSE_CUDA_STORAGE");
-  if (asked == nullptr || *asked == '\0')
-    return program.batch < 8;
-  return std::strcmp(asked, "planes") == 0;
+  return planes || (chosen && program.batch < 8);
 }
 
 class PlaneRegion : CudaRegion {

@@ -115,6 +115,12 @@ def test_few_images_run_as_torch_stores_them() -> None:
     assert not any("plane_conv" in name for name in names[8])
 
 
+def test_a_storage_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXSPARSE_CUDA_STORAGE", "plane")
+    with pytest.raises(RuntimeError, match="is 'plane', expected 'planes' or 'batch_inner'"):
+        OP([torch.randn(1, 8, 4, 4, device="cuda")], [], Add(0, NONE, "none").numbers(), [1], [])
+
+
 def test_odd_rows_that_are_padded_between_steps() -> None:
     """Residual additions, a pooling and a mean of values whose rows have a lane more than torch's."""
     for width in (1, 7, 13):
