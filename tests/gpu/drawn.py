@@ -152,3 +152,32 @@ class Drawn:
         worst = (error / bound).max().item()
         assert not got.isnan().any(), "an output was not written"
         assert worst <= 1, f"error is {worst} times the bound"
+
+
+def random_case(seed: int, dtype: torch.dtype, batches: tuple[int, ...]) -> tuple[Drawn, np.random.Generator]:
+    """Draw a convolution with zero padding, its batch one of those; also what drew it."""
+    rng = np.random.default_rng(seed)
+
+    def pick(*choices: Any) -> Any:
+        return choices[rng.integers(len(choices))]
+
+    groups = pick(1, 1, 2, 3)
+    case = Drawn(
+        dtype=dtype,
+        batch=pick(*batches),
+        in_channels=groups * pick(1, 5, 40, 200),
+        out_channels=groups * pick(1, 7, 45, 130),
+        size=(pick(11, 14), pick(9, 20)),
+        kernel=(pick(1, 3, 5), pick(1, 2, 3)),
+        stride=(pick(1, 2, 3), pick(1, 2)),
+        padding=(pick(0, 1, 4), pick(0, 2), pick(0, 3), pick(1, 5)),
+        dilation=(pick(1, 2), pick(1, 3)),
+        groups=groups,
+        activation=pick("none", "relu", "relu6", "silu", "hardswish"),
+        bias=pick(True, False),
+        add=pick(True, False),
+        blocks=pick(0.0, 0.2, 1.0),
+        residual=pick(0.0, 0.03, 0.3),
+        seed=seed,
+    )
+    return case, rng

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+import hostile_tables
 import pytest
+import test_cuda_tiled
 import torch
-from drawn import Drawn
+from drawn import Drawn, random_case
 from test_cuda_tiled import DTYPES, HALVES, OPTIONS, _check
 from torch import Tensor
-
-from fxsparse.ops import tiles
 
 pytestmark = pytest.mark.gpu
 OP = torch.ops.fxsparse.conv2d_planes
@@ -23,23 +19,7 @@ TILES = ((0, 0, 0), *itertools.product((32, 64), (8, 16), (1, 2, 4, 8)))
 
 
 def _arguments(case: Drawn, rows: int = 64, **changes: Any) -> dict[str, Any]:
-    tiled = tiles.tile(case.packed, rows)
-    arguments = {
-        "input": case.input,
-        "tile_values": tiled.values,
-        "tile_columns": tiled.columns,
-        "tiles": tiled.tiles,
-        "tile_rows": tiled.rows,
-        "bias": case.bias_values,
-        "weight_shape": case.weight_shape,
-        "stride": case.stride,
-        "padding": case.padding,
-        "dilation": case.dilation,
-        "groups": case.groups,
-        "activation": case.activation,
-        "add": case.added,
-    }
-    return arguments | changes
+    return test_cuda_tiled._arguments(case, rows, **{"input": case.input, "add": case.added} | changes)
 
 
 def _run(arguments: dict[str, Any]) -> Tensor:
@@ -61,30 +41,7 @@ def test_every_option_and_tile_agrees_with_float64(dtype: torch.dtype, rows: int
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(24))
 def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype) -> None:
-    rng = np.random.default_rng(seed)
-
-    def pick(*choices: Any) -> Any:
-        return choices[rng.integers(len(choices))]
-
-    groups = pick(1, 1, 2, 3)
-    case = Drawn(
-        dtype=dtype,
-        batch=pick(1, 2, 5, 7),
-        in_channels=groups * pick(1, 5, 40, 200),
-        out_channels=groups * pick(1, 7, 45, 130),
-        size=(pick(11, 14), pick(9, 20)),
-        kernel=(pick(1, 3, 5), pick(1, 2, 3)),
-        stride=(pick(1, 2, 3), pick(1, 2)),
-        padding=(pick(0, 1, 4), pick(0, 2), pick(0, 3), pick(1, 5)),
-        dilation=(pick(1, 2), pick(1, 3)),
-        groups=groups,
-        activation=pick("none", "relu", "relu6", "silu", "hardswish"),
-        bias=pick(True, False),
-        add=pick(True, False),
-        blocks=pick(0.0, 0.2, 1.0),
-        residual=pick(0.0, 0.03, 0.3),
-        seed=seed,
-    )
+    case, rng = random_case(seed, dtype, (1, 2, 5, 7))
     arguments = _arguments(case)
     for tile in (TILES[0], TILES[1 + rng.integers(len(TILES) - 1)]):
         _check(case, _run(arguments | {"tile": tile}))
@@ -194,38 +151,7 @@ def test_bad_arguments_are_refused() -> None:
         OP(**_arguments(case, input=large))
 
 
-HOSTILE = """
-import sys
-import torch
-sys.path.insert(0, {folder!r})
-from drawn import Drawn
-from test_cuda_planes import OP, _arguments
-arguments = _arguments(Drawn(dtype=torch.{dtype}, batch=1))
-table = arguments[{name!r}]
-table.view(-1)[{index}] = {value}
-try:
-    OP(**arguments)
-    torch.cuda.synchronize()
-except RuntimeError as error:
-    print("REFUSED", error)
-"""
-
-
 def test_tables_that_point_outside_stop_the_kernel() -> None:
-    """Each in a process of its own, because a trap ends the context; all at once."""
-    damages = {
-        "tile_columns": ((0, (1 << 23) - 1), (1, -5), (2, 9 << 27)),
-        "tiles": ((0, 1 << 40), (1, 1 << 20), (2, 1 << 33), (3, 0)),
-        "tile_rows": ((3, 1000),),
-    }
-    running = {}
-    for dtype in ("bfloat16", "float32"):
-        for name, changes in damages.items():
-            for index, value in changes if dtype == "bfloat16" else changes[:1]:
-                values = {"dtype": dtype, "name": name, "index": index, "value": value}
-                code = HOSTILE.format(folder=str(Path(__file__).parent), **values)
-                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-                running[str(values)] = subprocess.Popen([sys.executable, "-c", code], **pipes)
-    said = {damage: process.communicate()[0] for damage, process in running.items()}
-    for damage, text in said.items():
+    calls = [("bfloat16", {}, True), ("float32", {}, False)]
+    for damage, text in hostile_tables.outputs("test_cuda_planes", 1, calls).items():
         assert "REFUSED" in text and "illegal memory access" not in text, f"{damage}: {text}"

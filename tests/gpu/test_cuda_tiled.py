@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+import hostile_tables
 import pytest
 import torch
-from drawn import ROUNDOFF, STEEPEST, Drawn
+from drawn import ROUNDOFF, STEEPEST, Drawn, random_case
 from torch import Tensor
 
 from fxsparse.ops import batch_inner, tiles
@@ -138,30 +135,7 @@ def test_every_option_agrees_with_float64(dtype: torch.dtype, kernel: str, rows:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(24))
 def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype) -> None:
-    rng = np.random.default_rng(seed)
-
-    def pick(*choices: Any) -> Any:
-        return choices[rng.integers(len(choices))]
-
-    groups = pick(1, 1, 2, 3)
-    case = Drawn(
-        dtype=dtype,
-        batch=pick(1, 3, 8, 17, 64, 130),
-        in_channels=groups * pick(1, 5, 40, 200),
-        out_channels=groups * pick(1, 7, 45, 130),
-        size=(pick(11, 14), pick(9, 20)),
-        kernel=(pick(1, 3, 5), pick(1, 2, 3)),
-        stride=(pick(1, 2, 3), pick(1, 2)),
-        padding=(pick(0, 1, 4), pick(0, 2), pick(0, 3), pick(1, 5)),
-        dilation=(pick(1, 2), pick(1, 3)),
-        groups=groups,
-        activation=pick("none", "relu", "relu6", "silu", "hardswish"),
-        bias=pick(True, False),
-        add=pick(True, False),
-        blocks=pick(0.0, 0.2, 1.0),
-        residual=pick(0.0, 0.03, 0.3),
-        seed=seed,
-    )
+    case, _ = random_case(seed, dtype, (1, 3, 8, 17, 64, 130))
     for kernel in _kernels(dtype):
         _check(case, _run(case, kernel))
 
@@ -275,38 +249,11 @@ def test_a_tensor_of_more_than_two_to_the_31_elements(dtype: torch.dtype, kernel
         assert error < (5e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
-HOSTILE = """
-import sys
-import torch
-sys.path.insert(0, {folder!r})
-from drawn import Drawn
-from test_cuda_tiled import OP, _arguments
-arguments = _arguments(Drawn(dtype=torch.{dtype}, batch=16), kernel={kernel!r})
-table = arguments[{name!r}]
-table.view(-1)[{index}] = {value}
-try:
-    OP(**arguments)
-    torch.cuda.synchronize()
-except RuntimeError as error:
-    print("REFUSED", error)
-"""
-
-
 def test_tables_that_point_outside_stop_the_kernel() -> None:
-    """Each in a process of its own, because a trap ends the context; all at once."""
-    damages = {
-        "tile_columns": ((0, (1 << 23) - 1), (1, -5), (2, 9 << 27)),
-        "tiles": ((0, 1 << 40), (1, 1 << 20), (2, 1 << 33), (3, 0)),
-        "tile_rows": ((3, 1000),),
-    }
-    running = {}
-    for dtype, kernel in (("bfloat16", "auto"), ("bfloat16", "portable"), ("float32", "auto")):
-        for name, changes in damages.items():
-            for index, value in changes if kernel == "auto" and dtype == "bfloat16" else changes[:1]:
-                values = {"dtype": dtype, "kernel": kernel, "name": name, "index": index, "value": value}
-                code = HOSTILE.format(folder=str(Path(__file__).parent), **values)
-                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-                running[str(values)] = subprocess.Popen([sys.executable, "-c", code], **pipes)
-    said = {damage: process.communicate()[0] for damage, process in running.items()}
-    for damage, text in said.items():
+    calls = [
+        ("bfloat16", {"kernel": "auto"}, True),
+        ("bfloat16", {"kernel": "portable"}, False),
+        ("float32", {"kernel": "auto"}, False),
+    ]
+    for damage, text in hostile_tables.outputs("test_cuda_tiled", 16, calls).items():
         assert "REFUSED" in text and "illegal memory access" not in text, f"{damage}: {text}"
