@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ SHARES = (0.30, 0.19, 0.126, 0.087, 0.059)  # of the multiply-adds
 FIRST_SHARE = 0.55
 BATCHES = (64, 1)
 DISTIL_EPOCHS, DISTIL_RATE = 16, 0.015
-METHODS = ("imp", "refill", "paper", "ours", "ours, no rewind", "ours, no training", "ours, distilled")
+WITHOUT_TRAINING = ("ours, no training", "ours, distilled")
+METHODS = ("imp", "refill", "paper", "ours", "ours, no rewind", *WITHOUT_TRAINING)
 
 
 class Experiment:
@@ -95,9 +97,9 @@ class Experiment:
             if method in methods and not self.cells.has(self.name(method, SHARES[-1])) and not self.cells.is_over:
                 self.ours(method, rewind)
         for share in SHARES:
-            for method, distils in (("ours, no training", False), ("ours, distilled", True)):
-                if method in methods and not self.cells.has(self.name(method, share)) and not self.cells.is_over:
-                    self.without_training(method, share, distils)
+            missing = {m for m in WITHOUT_TRAINING if m in methods and not self.cells.has(self.name(m, share))}
+            if missing and not self.cells.is_over:
+                self.without_training(share, missing)
 
     def imp(self, methods: tuple[str, ...]) -> None:
         if not self.cells.has(self.name("imp", IMP_ROUNDS)) and not self.cells.is_over:
@@ -146,7 +148,8 @@ class Experiment:
             if step.number > 1:
                 self.add(method, shares[step.number - 1], model, step.masks)
 
-    def without_training(self, method: str, share: float, distils: bool) -> None:
+    def without_training(self, share: float, methods: Collection[str]) -> None:
+        """Prune once, and distil that for the second of the methods."""
         model = self.reset(self.dense)
         costs = count(model, self.inputs, list(self.layers))
         total = sum(cost.dense for cost in costs.layers.values())
@@ -154,10 +157,13 @@ class Experiment:
         data = self.images.train_x[:, :, inside, inside].contiguous()
         settings = fxsparse.PruneSettings(cost="macs", samples=len(data), exclude=(nets.stem(self.net),))
         pruned = fxsparse.prune(model, (share * total + costs.rest) / costs.total, data, settings=settings)
-        if distils:
-            self.distil(pruned.model, pruned.masks)
         masks = {n: torch.ones_like(c.weight, dtype=torch.bool) for n, c in self.layers.items()} | pruned.masks
-        self.add(method, share, pruned.model, masks)
+        for method in WITHOUT_TRAINING:
+            if method not in methods:
+                continue
+            if method == "ours, distilled":
+                self.distil(pruned.model, pruned.masks)
+            self.add(method, share, pruned.model, masks)
 
     def distil(self, model: nn.Module, masks: Masks) -> None:
         """Train a pruned net to answer as the dense one does."""
