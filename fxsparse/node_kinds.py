@@ -26,6 +26,8 @@ _ADDITIONS = frozenset({operator.add, torch.add, "add", _aten.add.Tensor})
 _ADDITIONS_IN_PLACE = frozenset({operator.iadd, "add_", _aten.add_.Tensor})
 _MAX_POOLS = frozenset({F.max_pool2d, torch.max_pool2d, _aten.max_pool2d.default})
 _AVERAGE_POOLS = frozenset({F.adaptive_avg_pool2d, _aten.adaptive_avg_pool2d.default})
+_FLATTENS = frozenset({torch.flatten, "flatten", _aten.flatten.using_ints})
+_LINEARS = frozenset({F.linear, _aten.linear.default})
 _HARDTANHS = frozenset({F.hardtanh, _aten.hardtanh.default, _aten.hardtanh_.default})
 
 
@@ -37,6 +39,13 @@ class Window(NamedTuple):
     padding: tuple[int, int]
     dilation: tuple[int, int]
     ceil_mode: bool
+
+
+class Linear(NamedTuple):
+    """A linear layer: the names of its parameters in the graph's module."""
+
+    weight: str
+    bias: str | None
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -110,6 +119,35 @@ def averages_planes(gm: GraphModule, node: Node) -> bool:
     return node.op == "call_function" and node.target in _AVERAGE_POOLS and sizes in ((1,), ((1, 1),), ([1, 1],))
 
 
+def flattens(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node makes one row of each image of its input."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if type(module) is not nn.Flatten or is_hooked(module):
+            return False
+        return bool(module.start_dim == 1 and module.end_dim == -1)
+    given = {**dict(zip(("input", "start_dim", "end_dim"), node.args, strict=False)), **node.kwargs}
+    starts, ends = given.get("start_dim"), given.get("end_dim", -1)
+    return bool(node.target in _FLATTENS and starts == 1 and ends == -1)
+
+
+def linear_of(gm: GraphModule, node: Node) -> Linear | None:
+    """Return the parameters of a node that is a linear layer, or None."""
+    if node.op == "call_module":
+        module = gm.get_submodule(str(node.target))
+        if type(module) is not nn.Linear or is_hooked(module):
+            return None
+        return Linear(f"{node.target}.weight", None if module.bias is None else f"{node.target}.bias")
+    if node.target not in _LINEARS:
+        return None
+    given: Any = {**dict(zip(("input", "weight", "bias"), node.args, strict=False)), **node.kwargs}
+    source, weight, bias = (given.get(name) for name in ("input", "weight", "bias"))
+    read = [value.op == "get_attr" for value in (source, weight, bias) if value is not None]
+    if read != [False, True, True][: len(read)]:
+        return None
+    return Linear(str(weight.target), None if bias is None else str(bias.target))
+
+
 def adds_alike(gm: GraphModule, node: Node) -> bool:
     """Tell whether a node adds two values of one shape, dtype and layout, and writes into neither."""
     if len(node.all_input_nodes) != 2 or node.target in _ADDITIONS_IN_PLACE:
@@ -124,24 +162,27 @@ def alike(gm: GraphModule, first: Node, second: Node) -> bool:
     That is known of results of sparse convolutions, and of what keeps these. Of planes of one pixel it is not: a plane
     that is added to every pixel looks so on small images.
     """
-    shape = _shape(gm, first)
-    return shape is not None and min(shape[-2:]) > 1 and _shape(gm, second) == shape
+    shape = shape_of(gm, first)
+    return shape is not None and min(shape[-2:]) > 1 and shape_of(gm, second) == shape
 
 
-def _shape(gm: GraphModule, node: Node) -> tuple[int, ...] | None:
+def shape_of(gm: GraphModule, node: Node) -> tuple[int, ...] | None:
     """Return the shape that a value had in calibration, if it comes from sparse convolutions alone."""
     if node.target is SPARSE:
         site = sites.site_of(node)
         return None if site is None else site.output_shape
     inputs = node.all_input_nodes
     if activation_of(gm, node):
-        return _shape(gm, inputs[0])
+        return shape_of(gm, inputs[0])
     window = max_pool_of(gm, node)
     if window is not None:
-        shape = _shape(gm, inputs[0])
+        shape = shape_of(gm, inputs[0])
         return None if shape is None else _pooled(shape, window)
+    if averages_planes(gm, node):
+        shape = shape_of(gm, inputs[0])
+        return None if shape is None else (*shape[:-2], 1, 1)
     if len(inputs) == 2 and added(node, inputs[0]) is not None:
-        first, second = (_shape(gm, value) for value in inputs)
+        first, second = (shape_of(gm, value) for value in inputs)
         return first if first == second else None
     return None
 

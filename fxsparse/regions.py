@@ -23,6 +23,8 @@ from fxsparse.writes import written_input
 
 # Of a region on a CPU. On CUDA one convolution is worth it: on its own it has no such kernel.
 _LEAST_STEPS = 2
+# A linear layer with more outputs, of so many images or more, is cuBLAS's. Measured on an H200 (benchmarks/NOTES.md).
+_LARGEST_LINEAR, _FEW_IMAGES = 64, 8
 _RISING = ("relu", "relu6")  # max(f(a), f(b)) = f(max(a, b))
 
 
@@ -42,6 +44,7 @@ class Group:
         self.nodes: dict[Node, None] = {}
         self.inputs: dict[Node, None] = {}
         self._behind: set[Node] = set()
+        self._rows: set[Node] = set()  # those of `nodes` whose values are rows, not images
 
     def takes(self, gm: GraphModule, node: Node) -> bool:
         """Tell whether a node can be a step behind those that are here."""
@@ -54,7 +57,15 @@ class Group:
         if written is not None and len(written.users) > 1:  # the others see what is written; a step makes a new value
             return False
         # Any other step is one on what a step gave only: that is known to be contiguous.
-        return all(value in self.nodes for value in values) and other_step(gm, node, {}) is not None
+        if not all(value in self.nodes for value in values):
+            return False
+        if self.batch_inner and len(values) == 1 and node_kinds.flattens(gm, node):
+            user = next(iter(node.users)) if len(node.users) == 1 else None
+            shape = node_kinds.shape_of(gm, values[0])
+            return user is not None and values[0] not in self._rows and is_classifier(gm, user, shape)
+        if self._rows.intersection(values):
+            return node_kinds.linear_of(gm, node) is not None and node_kinds.flattens(gm, values[0])
+        return other_step(gm, node, {}) is not None
 
     def is_followed_by(self, gm: GraphModule, node: Node) -> bool:
         """Tell whether a node, which is no step of this group, can be the first one of the next."""
@@ -82,10 +93,24 @@ class Group:
             return False
         return node_kinds.max_pool_of(gm, pool) is not None and self.is_followed_by(gm, pool)
 
-    def add(self, node: Node) -> None:
+    def add(self, gm: GraphModule, node: Node) -> None:
         """Take a node."""
         self.inputs.update(dict.fromkeys(value for value in _images(node) if value not in self.nodes))
         self.nodes[node] = None
+        if node_kinds.flattens(gm, node) or node_kinds.linear_of(gm, node) is not None:
+            self._rows.add(node)
+
+    def end(self) -> None:
+        """Take no more: rows leave through the linear layer that they were made for, or are made outside."""
+        for node in [node for node in self._rows if not any(user in self._rows for user in node.users)]:
+            if not self._rows.intersection(node.all_input_nodes):
+                del self.nodes[node]
+                self._rows.remove(node)
+                self._behind.add(node)
+
+    def gives_rows(self, node: Node) -> bool:
+        """Tell whether a node of the group gives rows, of which a region makes images of one pixel."""
+        return node in self._rows
 
     def pass_by(self, node: Node) -> None:
         """Note a node that stays outside."""
@@ -117,18 +142,36 @@ def find(gm: GraphModule, graph: Graph) -> list[Group]:
         if node.op in ("get_attr", "placeholder"):
             continue
         if groups[-1].takes(gm, node):
-            groups[-1].add(node)
+            groups[-1].add(gm, node)
         elif groups[-1].is_followed_by(gm, node):
             groups.append(Group(batch_inner=batch_inner))
-            groups[-1].add(node)
+            groups[-1].add(gm, node)
         elif written_input(gm, node) is not None or not node.all_input_nodes or node.is_impure():
             # A write, or a switch such as autocast's: nothing is computed sooner or later than that.
             groups.append(Group(batch_inner=batch_inner))
         else:
             groups[-1].pass_by(node)
+    for group in groups:
+        group.end()
     if batch_inner:
         return [group for group in groups if any(_is_tiled(gm, node) for node in group.nodes)]
     return [group for group in groups if len(group.nodes) >= _LEAST_STEPS]
+
+
+def is_classifier(gm: GraphModule, node: Node, shape: tuple[int, ...] | None) -> bool:
+    """Tell whether a node is a linear layer that a region on CUDA does sooner than cuBLAS.
+
+    Args:
+        gm: owns the parameters.
+        node: any.
+        shape: of the images that are flattened for it, or None; only planes of one pixel are.
+    """
+    layer = node_kinds.linear_of(gm, node)
+    if layer is None or shape is None or len(shape) != 4 or tuple(shape[2:]) != (1, 1):
+        return False
+    weight = sites.attribute(gm, layer.weight)
+    fits = weight.dim() == 2 and weight.shape[1] == shape[1]
+    return fits and (len(weight) <= _LARGEST_LINEAR or shape[0] < _FEW_IMAGES)
 
 
 def _rewrite(gm: GraphModule, graph: Graph, groups: list[Group]) -> Graph:
@@ -165,14 +208,25 @@ def _rewrite(gm: GraphModule, graph: Graph, groups: list[Group]) -> Graph:
 
 def _emit(gm: GraphModule, graph: Graph, group: Group, copies: dict[Node, Node]) -> None:
     """Put a region's call into a graph, and its results into `copies`."""
-    numbers = {node: i for i, node in enumerate((*group.inputs, *group.nodes))}
+    numbers = {node: i for i, node in enumerate(group.inputs)}
     tensors = _Tensors(gm, graph, copies, tiled=group.batch_inner)
     program: list[int] = []
+    count = len(numbers)
     for node in group.nodes:
-        is_conv = node.target is node_kinds.SPARSE
-        step = tensors.conv(node, numbers) if is_conv else other_step(gm, node, numbers)
+        if group.gives_rows(node) and node_kinds.flattens(gm, node):  # of planes of one pixel: the same value
+            numbers[node] = numbers[node.all_input_nodes[0]]
+            continue
+        step: region.Step | None
+        if node.target is node_kinds.SPARSE:
+            step = tensors.conv(node, numbers)
+        elif group.gives_rows(node):
+            step = tensors.linear(node, numbers)
+        else:
+            step = other_step(gm, node, numbers)
         assert step is not None
         program += step.numbers()
+        numbers[node] = count
+        count += 1
     results = [node for node in group.nodes if any(user not in group.nodes for user in node.users)]
     arguments = ([copies[n] for n in group.inputs], tensors.nodes, program, [numbers[n] for n in results])
     if group.batch_inner:
@@ -182,6 +236,8 @@ def _emit(gm: GraphModule, graph: Graph, group: Group, copies: dict[Node, Node])
         call = graph.call_function(torch.ops.fxsparse.region.default, arguments)
     for i, node in enumerate(results):
         copies[node] = graph.call_function(operator.getitem, (call, i))
+        if group.gives_rows(node):
+            copies[node] = graph.call_function(torch.flatten, (copies[node], 1))
 
 
 def _becomes_channels_last(group: Group, node: Node) -> bool:
@@ -219,7 +275,7 @@ class _Tensors:
         self.nodes: list[Node] = []
         self._gm, self._graph, self._copies, self._tiled = gm, graph, copies, tiled
         self._numbers: dict[Any, int] = {}
-        self._attached: dict[str, Node] = {}
+        self._read: dict[str, Node] = {}
 
     def conv(self, node: Node, numbers: dict[Node, int]) -> region.Conv:
         """Return the step that a sparse site's node is."""
@@ -238,13 +294,23 @@ class _Tensors:
         )
         return region.Conv(*fields)
 
+    def linear(self, node: Node, numbers: dict[Node, int]) -> region.Linear:
+        """Return the step that a linear layer's node is: it reads the layer's own parameters, whatever they become."""
+        weight, bias = node_kinds.linear_of(self._gm, node) or (None, None)
+        assert weight is not None
+        parameters = [region.NONE if name is None else self._number(self._get(name)) for name in (weight, bias)]
+        return region.Linear(numbers[_images(node)[0]], *parameters)
+
     def _attach(self, node: Node) -> list[Node]:
         site = sites.site_of(node)
         assert site is not None
-        for name in tiled_weights.attach(self._gm, site):
-            if name not in self._attached:
-                self._attached[name] = self._graph.get_attr(name)
-        return [self._attached[name] for name in tiled_weights.names_of(site)]
+        tiled_weights.attach(self._gm, site)
+        return [self._get(name) for name in tiled_weights.names_of(site)]
+
+    def _get(self, name: str) -> Node:
+        if name not in self._read:
+            self._read[name] = self._graph.get_attr(name)
+        return self._read[name]
 
     def _number(self, node: Node) -> int:
         if node not in self._numbers:

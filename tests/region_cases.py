@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fxsparse
 from fxsparse.ops.packing import PackedWeight, pack
-from fxsparse.ops.region import NONE, Add, Average, Conv, MaxPool, Step
+from fxsparse.ops.region import NONE, Add, Average, Conv, Linear, MaxPool, Step
 from fxsparse.ops.tiles import ROWS, tile
 
 
@@ -47,6 +47,14 @@ class Drawn:
             Conv(input=source, packed=places, bias=NONE if bias is None else first + 4, weight_shape=shape, **values)  # type: ignore[arg-type]
         )
 
+    def linear(self, source: int, outputs: int, channels: int, *, biased: bool = True) -> None:
+        weight = torch.randn(outputs, channels) / channels**0.5
+        bias = torch.randn(outputs) if biased else None
+        first = len(self.tensors)
+        self.tensors += [weight] if bias is None else [weight, bias]
+        self.dense[len(self.steps)] = (weight, bias)
+        self.steps.append(Linear(source, first, NONE if bias is None else first + 1))
+
     @property
     def program(self) -> list[int]:
         return [number for step in self.steps for number in step.numbers()]
@@ -79,6 +87,9 @@ class Drawn:
 
     def _step(self, i: int, step: Step, values: list[Tensor]) -> Tensor:
         source = values[step.input]
+        if isinstance(step, Linear):
+            rounded = [None if t is None else t.to(self.dtype).to(source) for t in self.dense[i]]
+            return F.linear(source[..., 0, 0], *rounded)[..., None, None]
         if isinstance(step, Average):
             return source.mean((-2, -1), keepdim=True)
         if isinstance(step, MaxPool):
@@ -121,7 +132,8 @@ def close(got: list[Tensor], wanted: list[Tensor], relative: float) -> bool:
 
 
 def batch_inner_net(channels: int = 24) -> Drawn:
-    """Return a net with all that a region on CUDA does: a pooled input, residuals, groups, a mean of planes."""
+    """Return a net with all that a region on CUDA does: a pooled input, residuals, groups, a mean of planes, and a
+    linear layer."""
     drawn = Drawn(normed=True)
     drawn.steps.append(Add(0, NONE, "relu"))  # 1
     drawn.steps.append(MaxPool(1, (3, 3), (2, 2), (1, 1), (1, 1), False))  # 2
@@ -134,4 +146,5 @@ def batch_inner_net(channels: int = 24) -> Drawn:
     drawn.steps.append(MaxPool(8, (2, 2), (2, 2), (0, 0), (1, 1), True))  # 9
     drawn.conv(9, (72, 2 * channels, 1, 1), density=0.8, activation="relu6")  # 10
     drawn.steps.append(Average(10))  # 11
+    drawn.linear(11, 21, 72)  # 12
     return drawn

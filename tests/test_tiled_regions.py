@@ -87,6 +87,95 @@ def test_one_region_from_the_pooled_stem_to_the_mean() -> None:
     assert close(fast, x)
 
 
+FLATTENS = {
+    "module": nn.Flatten(),
+    "function": lambda x: torch.flatten(x, 1),
+    "method": lambda x: x.flatten(start_dim=1),
+}
+
+
+class Classifier(Net):
+    """The same with a linear layer behind it."""
+
+    def __init__(self, flatten: str = "module", classes: int = 5, *, bias: bool = True) -> None:
+        super().__init__()
+        self.flatten = FLATTENS[flatten]
+        self.linear = nn.Linear(40, classes, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.b(self.relu(self.a(self.pool(self.stem(x))))))
+        return self.linear(self.flatten(self.mean(x)))
+
+
+@pytest.mark.parametrize("flatten", FLATTENS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_classifier_is_the_region_s_last_step(flatten: str, bias: bool) -> None:
+    fast, x = converted(model=Classifier(flatten, bias=bias).eval())
+    (names,) = steps(fast)
+    assert names[-1] == "linear" and names[-2].startswith("flatten")
+    assert "linear(" not in fast.code and close(fast, x)
+    with torch.no_grad():
+        fast.get_submodule("linear").get_parameter("weight").mul_(2)  # it is read where it is, whatever it becomes
+    assert close(fast, x)
+
+
+@pytest.mark.parametrize(("classes", "batch", "inside"), [(64, 9, True), (65, 9, False), (65, 7, True)])
+def test_a_large_classifier_of_many_images_stays_outside(classes: int, batch: int, inside: bool) -> None:
+    fast, x = converted(model=Classifier(classes=classes).eval(), batch=batch)
+    assert ("linear" in steps(fast)[-1]) == inside and close(fast, x)
+
+
+def test_what_reads_a_classifier_runs_behind_the_region() -> None:
+    class Behind(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            rows = super().forward(x)
+            return torch.cat([rows, F.relu(rows), self.stem(x).mean((1, 2, 3))[:, None]], 1)
+
+    fast, x = converted(model=Behind().eval())
+    assert steps(fast)[-1][-1] == "linear" and close(fast, x)
+
+
+def test_planes_that_others_read_too_leave_besides() -> None:
+    class Both(Classifier):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            means = self.mean(self.relu(self.a(self.stem(x))))
+            return self.linear(self.flatten(means)), means
+
+    fast, x = converted(model=Both().eval())
+    dense = fxsparse.to_dense(fast)
+    assert steps(fast)[-1][-1] == "linear"
+    with torch.no_grad():
+        for got, wanted in zip(fast(x), dense(x), strict=True):
+            assert got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_classifiers_that_a_region_cannot_run() -> None:
+    class Twice(Classifier):  # others read the rows
+        def forward(self, x: Tensor) -> Tensor:
+            rows = self.flatten(self.mean(self.relu(self.a(self.stem(x)))))
+            return self.linear(rows) + rows.sum(1, keepdim=True)
+
+    class Wide(Classifier):  # planes of more than one pixel
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.flatten(self.relu(self.a(self.stem(x)))))
+
+    class Plane(Classifier):  # rows of an image that nothing flattens
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.relu(self.a(self.stem(x))), self.linear.weight[:, :12].contiguous())
+
+    wide = Wide().eval()
+    wide.linear = nn.Linear(40 * 144, 5)
+    for model in (Twice().eval(), wide, Plane().eval()):
+        fast, x = converted(model=model)
+        assert not any("linear" in name for names in steps(fast) for name in names), type(model)
+        assert close(fast, x)
+    fast, x = converted(model=Classifier().eval())
+    fast.get_submodule("linear").register_forward_hook(lambda module, inputs, output: output + 1)
+    fast.recompile()
+    assert not any("linear" in name for names in steps(fast) for name in names)
+    assert close(fast, x)
+
+
 @pytest.mark.parametrize("batch", [1, 7])
 def test_small_batches_run_so_too(batch: int) -> None:
     fast, x = converted(batch=batch)

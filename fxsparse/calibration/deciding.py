@@ -213,13 +213,18 @@ def _options(
             for c in allowed[node]
             for needs, gives in ([(c.needs, c.gives)] if measured.input.layout else _either(c))
         )
+    in_regions = any(candidate.needs == BATCH_INNER for candidates in allowed.values() for candidate in candidates)
+    if len(read) == 1 and found.values[read[0]].shape[2:] == (1, 1) and node_kinds.flattens(gm, node):
+        # Planes of one pixel are rows in any layout, and may be read within a region by a linear layer at its end.
+        shape, users = found.values[read[0]].shape, list(node.users)
+        inside = in_regions and len(users) == 1 and regions.is_classifier(gm, users[0], shape)
+        return tuple(Option(layout, "", 0.0) for layout in (*MEMORY_FORMATS, *([BATCH_INNER] if inside else [])))
     if node not in layout_of or not read or node.op == "placeholder" or not is_transparent(gm, node):
         return None
     if any(_is_map(gm, value) for value in node.all_input_nodes):
         return None
     times = _times(None if free_between else found.others.get(node))
     options = tuple(Option(layout, layout, times[layout]) for layout in MEMORY_FORMATS)
-    in_regions = any(candidate.needs == BATCH_INNER for candidates in allowed.values() for candidate in candidates)
     if not in_regions or not _is_step(gm, node, found):
         return options
     # There a node costs no more than in the better of torch's layouts.

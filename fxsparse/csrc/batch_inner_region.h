@@ -53,10 +53,16 @@ private:
 
   void *at(int64_t value) const { return value < 0 ? nullptr : memory_ + values_[value].at; }
 
-  // Whether a step writes its result as torch stores it: a mean of planes that no other step reads.
+  // Whether a step writes its result as torch stores it: one pixel that no other step reads.
   bool leaves_at_once(const ProgramStep &step) const {
     const Value &value = values_[step.output];
-    return step.kind == ProgramKind::kAverage && value.outside != nullptr && value.readers == 0;
+    const bool able = step.kind == ProgramKind::kAverage || step.kind == ProgramKind::kLinear;
+    return able && value.outside != nullptr && value.readers == 0;
+  }
+
+  cuda::ImageStrides strides_of_pixels(int64_t value) const { // of planes of one pixel
+    const int64_t lanes = cuda::padded_batch(program_.batch);
+    return {images(value).channels * lanes, lanes, 1, 0};
   }
 
   void pool_inputs() {
@@ -108,6 +114,18 @@ private:
       const bool leaves = leaves_at_once(step);
       return launch_average(images(step.input), type_, at(step.input), leaves,
                             leaves ? values_[step.output].outside : at(step.output), stream_);
+    }
+    case ProgramKind::kLinear: {
+      const bool leaves = leaves_at_once(step);
+      cuda::Linear call = linears_[index].call;
+      call.overlap = true;
+      call.in = strides_of_pixels(step.input);
+      call.out = leaves ? cuda::strides_in_torch(images(step.output), ImageLayout::kContiguous)
+                        : strides_of_pixels(step.output);
+      return launch_linear(call,
+                           {at(step.input), linears_[index].weight, linears_[index].bias,
+                            leaves ? values_[step.output].outside : at(step.output)},
+                           stream_);
     }
     }
     return cudaErrorInvalidValue;

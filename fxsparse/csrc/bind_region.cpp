@@ -39,8 +39,11 @@ private:
       conv(program, from, step);
     else if (from.kind == ProgramKind::kMaxPool)
       max_pool(program, from, step);
-    else
+    else {
+      STD_TORCH_CHECK(from.kind != ProgramKind::kLinear,
+                      "The region has a linear layer, which CUDA's regions have only");
       step.kind = from.kind == ProgramKind::kAdd ? StepKind::kAdd : StepKind::kAverage;
+    }
     region.steps.push_back(step);
   }
 

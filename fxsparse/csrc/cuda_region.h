@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/batch_inner.h"
+#include "cuda/linear.h"
 #include "cuda_binding.h"
 #include "memory_plan.h"
 #include "region_program.h"
@@ -68,6 +69,8 @@ public:
       value.layout = results[i].is_contiguous() ? ImageLayout::kContiguous : ImageLayout::kChannelsLast;
     }
     find_readers();
+    for (const ProgramStep &step : program_.steps)
+      linears_.push_back(step.kind == ProgramKind::kLinear ? linear(step) : Linear{});
   }
 
 protected:
@@ -87,6 +90,11 @@ protected:
   struct Weight {
     cuda::TiledWeight tiled;
     const void *bias;
+  };
+
+  struct Linear {
+    cuda::Linear call; // but for where its images lie
+    const void *weight, *bias;
   };
 
   bool is_input(int64_t value) const { return value < program_.inputs(); }
@@ -138,11 +146,15 @@ protected:
                    tile_rows,
                    columns.numel(),
                    values.numel()};
-    if (step.bias != -1) {
-      check_bias(program_.tensor(step.bias), "inputs", anchor_, step.conv.out_channels);
-      bound.bias = contiguous(program_.tensor(step.bias)).const_data_ptr();
-    }
+    bound.bias = bias(step, step.conv.out_channels);
     return bound;
+  }
+
+  const void *bias(const ProgramStep &step, int64_t out_channels) {
+    if (step.bias == -1)
+      return nullptr;
+    check_bias(program_.tensor(step.bias), "inputs", anchor_, out_channels);
+    return contiguous(program_.tensor(step.bias)).const_data_ptr();
   }
 
   // Gives every value for which `count(value)` has elements its place, and takes the memory of all together.
@@ -163,7 +175,8 @@ protected:
   }
 
   void check(cudaError_t status, size_t step) const {
-    static constexpr const char *kNames[] = {"convolution", "maximum pooling", "addition", "average pooling"};
+    static constexpr const char *kNames[] = {"convolution", "maximum pooling", "addition", "average pooling",
+                                             "linear layer"};
     if (status == cudaSuccess)
       return;
     const ProgramStep &s = program_.steps[step];
@@ -190,10 +203,24 @@ protected:
   const TiledType type_;
   const cudaStream_t stream_;
   std::vector<Value> values_;
-  std::vector<Tensor> kept_; // what the pointers point at
+  std::vector<Linear> linears_; // of each step
+  std::vector<Tensor> kept_;    // what the pointers point at
   char *memory_ = nullptr;
 
 private:
+  Linear linear(const ProgramStep &step) {
+    const Tensor &weight = program_.tensor(step.weight[0]);
+    check_like("the weight of a linear layer", weight, "inputs", anchor_);
+    Linear bound = {};
+    bound.call.images = program_.batch;
+    bound.call.channels = weight.size(1);
+    bound.call.outputs = weight.size(0);
+    bound.call.type = type_;
+    bound.weight = contiguous(weight).const_data_ptr();
+    bound.bias = bias(step, weight.size(0));
+    return bound;
+  }
+
   void find_readers() {
     for (size_t i = 0; i < program_.steps.size(); ++i) {
       const ProgramStep &step = program_.steps[i];

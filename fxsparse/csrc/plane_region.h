@@ -94,6 +94,12 @@ private:
     case ProgramKind::kAverage:
       return launch_plane_average(images(step.input), strides(step.input), strides(out), type_, overlap, at(step.input),
                                   at(out), stream_);
+    case ProgramKind::kLinear: {
+      cuda::Linear call = linears_[index].call;
+      call.overlap = overlap;
+      call.in = strides(step.input), call.out = strides(out);
+      return launch_linear(call, {at(step.input), linears_[index].weight, linears_[index].bias, at(out)}, stream_);
+    }
     }
     return cudaErrorInvalidValue;
   }

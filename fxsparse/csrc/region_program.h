@@ -6,8 +6,8 @@
 namespace fxsparse {
 
 // A step begins with its kind; docs/architecture.md has the order of its other integers.
-enum class ProgramKind : int64_t { kConv, kMaxPool, kAdd, kAverage };
-inline constexpr int64_t kConvLength = 23, kMaxPoolLength = 11, kAddLength = 4, kAverageLength = 2;
+enum class ProgramKind : int64_t { kConv, kMaxPool, kAdd, kAverage, kLinear };
+inline constexpr int64_t kConvLength = 23, kMaxPoolLength = 11, kAddLength = 4, kAverageLength = 2, kLinearLength = 4;
 
 struct ProgramValue {
   int64_t channels, height, width;
@@ -23,7 +23,7 @@ struct ProgramStep {
   int64_t input, add, output; // values; `add` may be -1
   Activation activation;      // of an addition; a convolution's is in its geometry
   Conv2dGeometry conv;
-  int64_t weight[4], bias; // tensors; `bias` may be -1
+  int64_t weight[4], bias; // tensors; `bias` may be -1; a linear layer has one weight
   PoolWindow window;
 };
 
@@ -89,8 +89,8 @@ public:
 private:
   void read_step() {
     const int64_t kind = program_[at_];
-    STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(ProgramKind::kAverage), "The region has a step of kind ", kind,
-                    ", expected 0 to ", int64_t(ProgramKind::kAverage));
+    STD_TORCH_CHECK(kind >= 0 && kind <= int64_t(ProgramKind::kLinear), "The region has a step of kind ", kind,
+                    ", expected 0 to ", int64_t(ProgramKind::kLinear));
     switch (ProgramKind(kind)) {
     case ProgramKind::kConv:
       return read_conv();
@@ -100,6 +100,8 @@ private:
       return read_add();
     case ProgramKind::kAverage:
       return read_average();
+    case ProgramKind::kLinear:
+      return read_linear();
     }
   }
 
@@ -184,6 +186,22 @@ private:
     const int64_t *n = take(kAverageLength);
     const ProgramStep average = step(ProgramKind::kAverage, n[1], -1);
     finish(average, {values[average.input].channels, 1, 1});
+  }
+
+  void read_linear() {
+    const int64_t *n = take(kLinearLength);
+    ProgramStep linear = step(ProgramKind::kLinear, n[1], -1);
+    const ProgramValue &in = values[linear.input];
+    STD_TORCH_CHECK(in.height == 1 && in.width == 1, "The region has a linear layer on planes of ", in.height, " x ",
+                    in.width, ", expected one pixel");
+    const Tensor &weight = tensor(n[2]);
+    STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in.channels, "The weight of the region's linear layer is ",
+                    list_text(weight.sizes()), ", expected (any, ", in.channels, ")");
+    linear.weight[0] = n[2];
+    linear.bias = n[3];
+    if (linear.bias != -1)
+      tensor(linear.bias);
+    finish(linear, {weight.size(0), 1, 1});
   }
 
   const std::vector<Tensor> &tensors_;

@@ -22,7 +22,7 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
 _FUNCTIONS = {"relu": torch.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}
 NONE = -1  # in the place of a number
-_LENGTHS = (23, 11, 4, 2)  # of a step's numbers, by kind
+_LENGTHS = (23, 11, 4, 2, 4)  # of a step's numbers, by kind
 
 
 class Conv(NamedTuple):
@@ -123,7 +123,24 @@ class Average(NamedTuple):
         return F.adaptive_avg_pool2d(values[self.input], 1)
 
 
-Step = Conv | MaxPool | Add | Average
+class Linear(NamedTuple):
+    """A linear layer on planes of one pixel, whose outputs are such planes; in `region_batch_inner` only."""
+
+    input: int
+    weight: int
+    bias: int
+
+    def numbers(self) -> list[int]:
+        """Return the step as the program has it."""
+        return [4, *self]
+
+    def run(self, values: list[Tensor], tensors: list[Tensor]) -> Tensor:
+        """Compute it."""
+        bias = None if self.bias == NONE else tensors[self.bias]
+        return F.linear(values[self.input].flatten(-3), tensors[self.weight], bias)[..., None, None]
+
+
+Step = Conv | MaxPool | Add | Average | Linear
 
 
 def steps_of(program: list[int]) -> Iterator[Step]:
@@ -139,8 +156,10 @@ def steps_of(program: list[int]) -> Iterator[Step]:
             yield MaxPool(n[1], tuple(n[2:4]), tuple(n[4:6]), tuple(n[6:8]), tuple(n[8:10]), bool(n[10]))
         elif n[0] == 2:
             yield Add(n[1], n[2], ACTIVATIONS[n[3]])
-        else:
+        elif n[0] == 3:
             yield Average(n[1])
+        else:
+            yield Linear(*n[1:])
 
 
 def reference(inputs: list[Tensor], tensors: list[Tensor], program: list[int], outputs: list[int]) -> list[Tensor]:

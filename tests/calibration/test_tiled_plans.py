@@ -25,9 +25,9 @@ pytestmark = pytest.mark.skipif(
 
 
 class Net(nn.Module):
-    """Two residual blocks; the sums are written in place, as torchvision does."""
+    """Two residual blocks; the sums are written in place, as torchvision does; with or without a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 0) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
         self.first = nn.Conv2d(16, 16, 3, padding=1)
@@ -36,6 +36,7 @@ class Net(nn.Module):
         self.mean = nn.AdaptiveAvgPool2d(1)
         self.short = nn.Identity()
         self.relu = nn.ReLU(inplace=True)
+        self.linear = nn.Linear(16, classes) if classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.relu(self.stem(x)))
@@ -44,7 +45,7 @@ class Net(nn.Module):
         x = self.relu(out)
         out = self.second(x)
         out += x
-        return self.mean(self.relu(out)).flatten(1)
+        return self.linear(self.mean(self.relu(out)).flatten(1))
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +54,13 @@ def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calibrated(
-    monkeypatch: pytest.MonkeyPatch, *, sparse_ms: float, move_ms: float
+    monkeypatch: pytest.MonkeyPatch, *, sparse_ms: float, move_ms: float, classes: int = 0
 ) -> tuple[Any, nn.Module, Tensor, dict[str, PlanEntry]]:
     """Calibrate with times written by hand; return the model, the dense one, an input, and what was tried.
 
     To move as many bytes as the images have takes `move_ms`.
     """
-    model, x = Net().eval(), torch.randn(_IMAGES)
+    model, x = Net(classes).eval(), torch.randn(_IMAGES)
     masks = random_masks(model)
     fast = fxsparse.convert(model, masks, example_inputs=(x,), settings=fxsparse.Settings(calibrate=False))
     tried: dict[str, PlanEntry] = {}
@@ -98,6 +99,16 @@ def test_a_network_whose_convolutions_win_is_one_region(monkeypatch: pytest.Monk
     assert paths(entry) == {"sparse"} and {move.value for move in entry.moves} <= {"mean"}
     assert {plan.layout for plan in entry.sites.values()} == {"contiguous"}
     assert fast.code.count("torch.ops.fxsparse.region_batch_inner") == 1
+    with torch.no_grad():
+        assert torch.allclose(fast(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("classes", "inside"), [(10, True), (65, False)])
+def test_a_small_classifier_is_in_the_region(monkeypatch: pytest.MonkeyPatch, classes: int, inside: bool) -> None:
+    fast, dense, x, tried = calibrated(monkeypatch, sparse_ms=1.5, move_ms=0.4, classes=classes)
+    assert {move.value for move in tried["regions"].moves} == (set() if inside else {"mean"})
+    assert fast.code.count("torch.ops.fxsparse.region_batch_inner") == 1
+    assert ("linear(" not in fast.code) == inside
     with torch.no_grad():
         assert torch.allclose(fast(x), dense(x), rtol=1e-4, atol=1e-5)
 

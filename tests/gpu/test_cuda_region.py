@@ -54,7 +54,7 @@ def agrees(drawn: Drawn, x: Tensor, outputs: list[int], channels_last: tuple[int
 @pytest.mark.usefixtures("storage")
 def test_every_step(batch: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     x = torch.randn(batch, 8, 19, 14, device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
-    agrees(batch_inner_net(), x, [11, 9, 8, 3, 2], (8, 3))
+    agrees(batch_inner_net(), x, [12, 11, 9, 8, 3, 2], (8, 3))
 
 
 @pytest.mark.parametrize("tile_rows", [64, 128])
@@ -98,6 +98,41 @@ def test_convolutions_of_every_geometry(batch: int, height: int, width: int, dty
     drawn.conv(5, (24, 96, 1, 1), padding=(0, 1, 0, 3))  # 6: positions in the padding are the bias
     x = torch.randn(batch, 8, height, width, device="cuda", dtype=dtype)
     agrees(drawn, x, [1, 3, 4, 5, 6], (3,))
+
+
+@pytest.mark.parametrize("dtype", list(RELATIVE))
+@pytest.mark.parametrize("batch", [1, 7, 8, 9, 100])
+@pytest.mark.parametrize(
+    "channels, outputs", [(1, 1), (15, 16), (64, 10), (513, 17), (512, 64), (2048, 1000), (130, 300)]
+)
+@pytest.mark.usefixtures("storage")
+def test_linear_layers(channels: int, outputs: int, batch: int, dtype: torch.dtype) -> None:
+    drawn = Drawn(normed=True)
+    drawn.steps.append(Average(0))  # 1
+    drawn.linear(1, outputs, channels, biased=outputs % 2 == 0)  # 2
+    drawn.steps.append(Add(2, NONE, "silu"))  # 3: a step behind it reads what it gives
+    drawn.linear(3, 5, outputs)  # 4
+    x = torch.randn(batch, channels, 3, 5, device="cuda", dtype=dtype)
+    agrees(drawn, x, [4])
+    agrees(drawn, x, [2, 3])
+
+
+def test_linear_layers_that_are_refused() -> None:
+    drawn = Drawn()
+    drawn.linear(0, 4, 16)
+    x = torch.randn(2, 16, 1, 1, device="cuda")
+    weight, bias = drawn.tiled(x)
+    for images, tensors, message in (
+        (x.expand(2, 16, 2, 1), [weight, bias], "planes of 2 x 1, expected one pixel"),
+        (x, [weight[:, 1:], bias], "expected .any, 16."),
+        (x, [weight.half(), bias], "'the weight of a linear layer' has dtype"),
+        (x, [weight, bias[1:]], "'bias' has shape"),
+        (x, [weight], "names tensor 1"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OP([images], tensors, drawn.program, [1], [])
+    with pytest.raises(RuntimeError, match="CUDA's regions have only"):
+        torch.ops.fxsparse.region([x.cpu()], [weight.cpu(), bias.cpu()], drawn.program, [1])
 
 
 def test_few_images_run_as_torch_stores_them() -> None:
@@ -208,15 +243,15 @@ def test_tensors_may_begin_anywhere() -> None:
 def test_empty_batches_and_refusals() -> None:
     drawn = batch_inner_net()
     x = torch.randn(0, 8, 12, 12, device="cuda")
-    assert drawn.run_batch_inner([x], [11])[0].shape == (0, 72, 1, 1)
+    assert drawn.run_batch_inner([x], [12])[0].shape == (0, 21, 1, 1)
     x = torch.randn(8, 8, 12, 12, device="cuda")
     with pytest.raises(RuntimeError, match="bfloat16, float16 or float32"):
-        drawn.run_batch_inner([x.double()], [11])
+        drawn.run_batch_inner([x.double()], [12])
     tensors = drawn.tiled(x)
     for at, value, message in [(2, tensors[2][:, :3], "'tiles'"), (0, tensors[0].half(), "'tile_values' has dtype")]:
         wrong = [*tensors[:at], value, *tensors[at + 1 :]]
         with pytest.raises(RuntimeError, match=message):
-            OP([x], wrong, drawn.program, [11], [])
+            OP([x], wrong, drawn.program, [12], [])
     with pytest.raises(RuntimeError, match="twice, or an input"):
         OP([x], tensors, drawn.program, [0], [])
 
@@ -321,6 +356,8 @@ def test_a_whole_model_is_one_region_whose_mean_leaves_it() -> None:
     fast, _ = converted(Residual().eval().to("cuda", torch.bfloat16), x)
     calls = [line for line in fast.code.splitlines() if "torch.ops.fxsparse" in line]
     assert len(calls) == 1 and "region_batch_inner" in calls[0]
+    behind = fast.code.split("region_batch_inner")[-1]
+    assert "torch.flatten" in behind and "head" not in behind
 
 
 def test_a_model_calibrates_with_regions_as_replays_of_graphs() -> None:

@@ -242,7 +242,7 @@ def changed(numbers: list[int], *changes: tuple[int, int]) -> list[int]:
 @pytest.mark.parametrize(
     ("at", "value", "message"),
     [
-        (0, 4, "a step of kind 4"),
+        (0, 5, "a step of kind 5"),
         (1, 1, "names the value 1"),
         (1, -1, "names the value -1"),
         (2, 5, "names the value 5"),

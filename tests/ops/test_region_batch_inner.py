@@ -7,7 +7,7 @@ import torch
 from region_cases import batch_inner_net, close, residual_net
 from torch import Tensor
 
-from fxsparse.ops.region import Average, reference_batch_inner, steps_of
+from fxsparse.ops.region import NONE, Average, Linear, reference_batch_inner, steps_of
 
 RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06, torch.float16: 0.008}
 
@@ -17,7 +17,7 @@ RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.06, tor
 def test_it_computes_what_its_steps_do(batch: int, dtype: torch.dtype) -> None:
     drawn, x = batch_inner_net(), torch.randn(batch, 8, 19, 14).to(dtype)
     drawn.dtype = dtype
-    outputs = [11, 8, 3]
+    outputs = [12, 11, 8, 3]
     got = drawn.run_batch_inner([x], outputs)
     assert all(g.dtype == dtype and g.is_contiguous() for g in got)
     assert close(got, drawn.oracle([x], outputs), RELATIVE[dtype])
@@ -40,22 +40,22 @@ def test_results_are_stored_as_asked(shape: tuple[int, ...]) -> None:
 
 def test_any_strides_come_in() -> None:
     drawn, x = batch_inner_net(), torch.randn(9, 8, 12, 10)
-    wanted = drawn.run_batch_inner([x], [11])
+    wanted = drawn.run_batch_inner([x], [12])
     every_second = torch.randn(9, 8, 12, 20)[..., ::2].copy_(x)
     for other in (x.contiguous(memory_format=torch.channels_last), every_second):
-        assert torch.equal(drawn.run_batch_inner([other], [11])[0], wanted[0])
+        assert torch.equal(drawn.run_batch_inner([other], [12])[0], wanted[0])
 
 
 def test_the_program_comes_back_as_it_was() -> None:
     drawn = batch_inner_net()
     assert list(steps_of(drawn.program)) == drawn.steps
-    assert Average(4).numbers() == [3, 4]
+    assert Average(4).numbers() == [3, 4] and Linear(4, 2, NONE).numbers() == [4, 4, 2, NONE]
 
 
 @pytest.mark.parametrize("last", [(), (3,)])
 def test_opcheck(last: tuple[int, ...]) -> None:
     drawn, x = batch_inner_net(), torch.randn(8, 8, 10, 10)
-    arguments = ([x], drawn.tiled(x), drawn.program, [11, 3], list(last))
+    arguments = ([x], drawn.tiled(x), drawn.program, [12, 11, 3], list(last))
     torch.library.opcheck(
         torch.ops.fxsparse.region_batch_inner.default,
         arguments,
@@ -66,10 +66,10 @@ def test_opcheck(last: tuple[int, ...]) -> None:
 def test_autocast_casts_tiles_whose_columns_lie_in_another_order() -> None:
     drawn, x = batch_inner_net(), torch.randn(8, 8, 10, 10)
     with torch.autocast("cpu", torch.bfloat16):
-        (got,) = drawn.run_batch_inner([x], [11])
+        (got,) = drawn.run_batch_inner([x], [12])
     drawn.dtype = torch.bfloat16
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, drawn.run_batch_inner([x.bfloat16()], [11])[0])
+    assert torch.equal(got, drawn.run_batch_inner([x.bfloat16()], [12])[0])
 
 
 def test_gradients_reach_inputs_biases_and_tiles() -> None:
@@ -78,7 +78,7 @@ def test_gradients_reach_inputs_biases_and_tiles() -> None:
 
     def gradients(run: object) -> list[Tensor]:
         y = x.clone().requires_grad_()
-        (result,) = run([y], tensors, drawn.program, [11], [])  # type: ignore[operator]
+        (result,) = run([y], tensors, drawn.program, [12], [])  # type: ignore[operator]
         wanted = [y, *(t for t in tensors if t.is_floating_point())]
         return list(torch.autograd.grad(result.square().sum(), wanted))
 

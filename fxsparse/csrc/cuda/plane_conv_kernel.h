@@ -120,7 +120,7 @@ template <typename T, int kRows, int kUnits>
 __global__ void __launch_bounds__(kPlaneThreads, plane_ctas(kRows, kUnits)) plane_conv_kernel(const PlaneCall call) {
   using Product = PlaneProduct<T, kRows>;
   constexpr int kBatch = plane_batch(kRows, kUnits);
-  extern __shared__ __align__(16) uint8_t shared[];
+  extern __shared__ __align__(128) uint8_t shared[];
   __shared__ int channels[kRows];
   __shared__ float biases[kRows];
   Column *table = reinterpret_cast<Column *>(shared);

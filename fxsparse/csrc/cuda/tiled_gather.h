@@ -78,9 +78,12 @@ struct TapRange {
 };
 
 __device__ __forceinline__ TapRange taps_inside(int start, int size, int kernel, const Divider &by_dilation) {
-  const int below = int(by_dilation.divisor) - 1;
-  const int first = start >= 0 ? 0 : by_dilation(-start + below);
-  const int last = start >= size ? 0 : by_dilation(min(size - start, 1 << 30) + below);
+  int first = max(-start, 0), last = max(size - start, 0);
+  if (by_dilation.divisor != 1) { // uniform over the grid
+    const int below = int(by_dilation.divisor) - 1;
+    first = by_dilation(min(first, 1 << 30) + below);
+    last = by_dilation(min(last, 1 << 30) + below);
+  }
   return {min(first, kernel), min(last, kernel)};
 }
 

@@ -75,6 +75,9 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, const CtaShare &s
   Column *columns = reinterpret_cast<Column *>(shared + layout.columns);
   RingTurn turn;
   int turns = 0, weights_parity = 1;
+  // Whether a tile's positions are all of one pixel: then they meet the same columns, eight units apart.
+  const bool one_pixel = call.shape.window == 1 && call.shape.units % Tile::kUnits == 0;
+  bool waited = false; // for the kernels before; all before reads the weight only
   for (int i = share.first_row_tile; i <= share.last_row_tile; ++i) {
     const RowTile tile = row_tile(call.weight, i);
     if (tile.padded_columns > share.most_columns)
@@ -93,15 +96,13 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, const CtaShare &s
     meet<kPairs * kWarpgroup>(1);
     if (!loads_weights)
       arrive(weights_full);
-    if (i == share.first_row_tile)
-      wait_for_dependencies(); // all before reads the weight only
     const Range tiles = position_tiles_of(share, i, position_tiles);
     for (int t = tiles.first; t < tiles.end; t += share.step, ++turns) {
       if (turns % kPairs != pair)
         continue;
       Position positions[kSubTiles];
 #pragma unroll
-      for (int z = 0; z < kSubTiles; ++z)
+      for (int z = 0; z < (one_pixel ? 1 : kSubTiles); ++z)
         positions[z] = gathered_position<Tile>(call.shape, t, z * 8 + unit);
       const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
       int32_t next[kRowsPerThread] = {}; // words of streamed columns, a stage ahead
@@ -109,6 +110,9 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, const CtaShare &s
 #pragma unroll
         for (int k = 0; k < kRowsPerThread; ++k)
           next[k] = __ldg(words + stages.first * Tile::kStageColumns + k * 16);
+      if (!waited)
+        wait_for_dependencies();
+      waited = true;
 #pragma unroll 1
       for (int stage = stages.first; stage < stages.end; ++stage) {
         Column own[kRowsPerThread];
@@ -131,14 +135,27 @@ __device__ __forceinline__ void produce(const WgmmaCall &call, const CtaShare &s
           copy_bulk(ring + slot + Tile::kInputBytes, values + stage * Tile::kWeightBytes, Tile::kWeightBytes,
                     slot_full);
         }
+        const auto copy = [&](int k, int z, uint32_t from, bool meets) {
+          copy_unit_async(to + slot + z * (Tile::kStageColumns * 128) + k * 2048, input + from, meets);
+        };
+        if (kSubTiles > 1 && one_pixel) {
 #pragma unroll
-        for (int k = 0; k < kRowsPerThread; ++k)
+          for (int k = 0; k < kRowsPerThread; ++k) {
+            const bool meets = positions[0].meets(own[k]);
+            const uint32_t from = meets ? positions[0].base + own[k].offset : 0;
 #pragma unroll
-          for (int z = 0; z < kSubTiles; ++z) {
-            const bool meets = positions[z].meets(own[k]);
-            const uint32_t from = meets ? positions[z].base + own[k].offset : 0;
-            copy_unit_async(to + slot + z * (Tile::kStageColumns * 128) + k * 2048, input + from, meets);
+            for (int z = 0; z < kSubTiles; ++z)
+              copy(k, z, from + z * 8, meets);
           }
+        } else {
+#pragma unroll
+          for (int k = 0; k < kRowsPerThread; ++k)
+#pragma unroll
+            for (int z = 0; z < kSubTiles; ++z) {
+              const bool meets = positions[z].meets(own[k]);
+              copy(k, z, meets ? positions[z].base + own[k].offset : 0, meets);
+            }
+        }
         arrive_after_copies(slot_full);
         turn.advance(layout.stages);
       }
@@ -190,16 +207,22 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
     // Of each block of 64 rows this warp has 16: a thread's sums are in rows lane / 4 and 8 more, what it stores in
     // rows lane / 8 and 4, 8, 12 more.
     float bias[Tile::kRowBlocks][2];
-    int channels[Tile::kRowBlocks][4];
+    int row_at[Tile::kRowBlocks][4];
 #pragma unroll
     for (int m = 0; m < Tile::kRowBlocks; ++m) {
       const int first_lane = i * Tile::kRows + m * kBlockRows + warp * 16;
+      const int channel = output_channel(call.shape, call.weight, first_lane + lane % 16);
+      int *own_rows = fixed.row_at[pair] + m * kBlockRows + warp * 16;
+      __syncwarp();
+      if (lane < 16)
+        own_rows[lane] = channel < 0 ? -1 : channel * call.shape.units;
+      __syncwarp();
 #pragma unroll
       for (int s = 0; s < 4; ++s)
-        channels[m][s] = output_channel(call.shape, call.weight, first_lane + s * 4 + lane / 8);
+        row_at[m][s] = own_rows[s * 4 + lane / 8];
 #pragma unroll
       for (int s = 0; s < 2; ++s)
-        bias[m][s] = bias_of<T>(call, output_channel(call.shape, call.weight, first_lane + s * 8 + lane / 4));
+        bias[m][s] = bias_of<T>(call, __shfl_sync(~0u, channel, s * 8 + lane / 4));
     }
     wait(shared_address(&fixed.weights_full), weights_parity);
     weights_parity ^= 1;
@@ -209,6 +232,7 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
         continue;
       float sums[Tile::kRowBlocks][kSums];
       const Range stages = stages_of<Tile>(call.shape, fixed.row_starts, t);
+      int before = 0; // slot of the stage before
       for (int stage = stages.first; stage < stages.end; ++stage) {
         const uint32_t slot = turn.slot * layout.stage_bytes;
         const uint32_t a = weights + (layout.streamed ? slot : stage * Tile::kWeightBytes);
@@ -225,11 +249,15 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
                 matrix_descriptor<false>(a + (k * 2 * Tile::kRows + m * kBlockRows) * 16, Tile::kRows * 16, 128),
                 matrix_descriptor<true>(b + k * 2048, Tile::kStageColumns * 128, 1024), stage > stages.first || k > 0);
         commit_products();
-        wait_for_products<0>(); // the slot is wanted back at once; the other pair keeps the tensor cores busy
-        if (thread == 0)
-          arrive(empty + turn.slot * 8);
+        wait_for_products<1>(); // those of the stage before
+        if (thread == 0 && stage > stages.first)
+          arrive(empty + before * 8);
+        before = turn.slot;
         turn.advance(layout.stages);
       }
+      wait_for_products<0>();
+      if (thread == 0)
+        arrive(empty + before * 8);
 
 #pragma unroll
       for (int m = 0; m < Tile::kRowBlocks; ++m) {
@@ -289,12 +317,11 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
 #pragma unroll
           for (int s = 0; s < 16 * kPooled / 32; ++s) {
             const int m_row = (s * 32 + lane) / kPooled, unit = lane % kPooled;
-            const int channel =
-                output_channel(call.shape, call.weight, i * Tile::kRows + m * kBlockRows + first_row + m_row);
+            const int at = fixed.row_at[pair][m * kBlockRows + first_row + m_row];
             const int stored = stored_at(call.shape, t * kPooled + unit);
             const uint4 eight = load_unit(staging + m_row * 128 + (unit ^ (m_row % 8)) * kUnitBytes);
-            if (channel >= 0 && stored >= 0)
-              output[uint32_t(stored) + uint32_t(channel) * uint32_t(call.shape.units)] = eight;
+            if (at >= 0 && stored >= 0)
+              output[uint32_t(stored) + uint32_t(at)] = eight;
           }
           __syncwarp();
           continue; // nothing is added before a pooling
@@ -315,10 +342,10 @@ __device__ __forceinline__ void consume(const WgmmaCall &call, const CtaShare &s
           __syncwarp();
 #pragma unroll
           for (int s = 0; s < 4; ++s) {
-            const int m_row = s * 4 + lane / 8, channel = channels[m][s];
+            const int m_row = s * 4 + lane / 8, at = row_at[m][s];
             const uint4 eight = load_unit(staging + m_row * 128 + ((lane % 8) ^ (m_row % 8)) * kUnitBytes);
-            if (channel >= 0 && stored >= 0)
-              output[uint32_t(stored) + uint32_t(channel) * uint32_t(call.shape.units)] = eight;
+            if (at >= 0 && stored >= 0)
+              output[uint32_t(stored) + uint32_t(at)] = eight;
           }
           __syncwarp();
         }
@@ -354,8 +381,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 3 - Tile::kPairs)
   }
   fence_barriers();
   // By every warp for itself: that is sooner than by one for all.
-  const CtaShare share = share_tiles(call.weight, position_tiles);
-  const WgmmaLayout layout = wgmma_layout<Tile>(share.most_columns);
+  // Through shared memory, where each role reads what it needs: held in registers for both, it would go to local
+  // memory, and a load from there waits for all stores before it.
+  CtaShare &share = fixed.shares[thread / 32];
+  const CtaShare found = share_tiles(call.weight, position_tiles);
+  if (thread % 32 == 0)
+    share = found;
+  const WgmmaLayout layout = wgmma_layout<Tile>(found.most_columns);
   __syncthreads();
   if (thread >= kPairs * kWarpgroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kProducerRegisters));

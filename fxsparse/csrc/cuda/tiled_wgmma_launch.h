@@ -53,13 +53,13 @@ cudaError_t launch_wgmma_stages(const TiledConv &conv, const TiledWeight &weight
   return launch_wgmma_tile<T, Short>(conv, weight, tensors, multiprocessors, stream);
 }
 
-// Positions of a tile: the more, the fewer bytes of weights a position costs; but there should be enough tiles. Two
-// CTAs on an SM begin and end at different times, and run under those of the next launch; one has more room.
+// Positions of a tile: the more, the fewer bytes of weights a position costs; but most SMs should have a tile. Two CTAs
+// on an SM begin and end at different times, and run under those of the next launch; one has more room.
 inline TiledKernel choose_wgmma(const TiledConv &conv, const TiledWeight &weight, int multiprocessors) {
   const Conv2dGeometry &g = conv.geometry;
   const int64_t columns = weight.column_count / weight.tile_count, pairs = 2 * multiprocessors;
   const int64_t tiles = g.out_height * g.out_width * padded_batch(g.batch) * weight.tile_count / 128;
-  if (tiles * 5 < pairs * 3)
+  if (tiles * 4 < multiprocessors * 3)
     return stays<WgmmaTile<64, 1, 1, 64>>(columns) ? TiledKernel::kWgmma64Half : TiledKernel::kWgmma64;
   const bool half =
       stays<WgmmaTile<128, 1, 1, 64>>(columns) || (tiles <= pairs && stays<WgmmaTile<128, 1, 1, 32>>(columns));

@@ -43,6 +43,8 @@ template <class Tile> struct WgmmaFixed {
   uint64_t full[Tile::kPairs][kMostStages], empty[Tile::kPairs][kMostStages];
   uint64_t weights_full, weights_empty;
   int row_starts[kMaxKernel + 1];                                   // columns of the row tile before each kernel row
+  int row_at[Tile::kPairs][Tile::kRows];                            // where a row's channel begins, or -1
+  CtaShare shares[Tile::kThreads / 32];                             // of each warp its own copy
   alignas(128) uint8_t staging[Tile::kPairs][4][16 * kSubTile * 2]; // of a consumer's warps
 };
 
