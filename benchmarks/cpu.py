@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the command: print the tables and return all numbers."""
     single = arguments.layers or arguments.scaling
     networks = arguments.networks or [Workload.read(text) for text in (["resnet50:224:1"] if single else NETWORKS)]
-    levels = list(itertools.starmap(Level, itertools.product(arguments.structure, arguments.zeros or _zeros(single))))
+    levels = Level.every(arguments.structure, arguments.zeros or _zeros(single))
     if arguments.layers:
         return {"layers": [_layers(*pair, arguments) for pair in itertools.product(networks, levels)]}
     if arguments.scaling:

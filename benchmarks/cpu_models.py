@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from benchmarks import models
+from benchmarks import lth, models
 from fxsparse.graph_module import ConvertedModule
 from fxsparse.magnitude import magnitude_masks
 from fxsparse.masks import bake
 
 GROUP_ROWS = 32
-STRUCTURES = ("regrouped", "unstructured", "blocks")
+TICKET_ZEROS = 0.792  # of the published ticket as a whole
+STRUCTURES = ("regrouped", "unstructured", "blocks", "ticket")
 _VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)  # 0: a max pool
 _RESNET18 = ((64, 1), (128, 2), (256, 2), (512, 2))
 _MOBILENET = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1))
@@ -58,10 +59,17 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """A structure and a share of zeros; its `str` names an arm."""
+    """A structure and a share of zeros, which a ticket brings along; its `str` names an arm."""
 
     structure: str
     zeros: float
+
+    @classmethod
+    def every(cls, structures: list[str], zeros: list[float]) -> list[Level]:
+        """Return all structures at all shares of zeros."""
+        return list(
+            dict.fromkeys(cls(s, TICKET_ZEROS if s == "ticket" else share) for s in structures for share in zeros)
+        )
 
     def __str__(self) -> str:
         """Return the name."""
@@ -211,7 +219,8 @@ def make_masks(model: nn.Module, structure: str, zeros: float, group_rows: int =
         model: any module; not changed.
         structure: "regrouped": groups of `group_rows` rows, drawn at random, each with its own random columns, of which
             all weights are kept; "unstructured": the largest weights of each layer; "blocks": these, regrouped, so
-            that as many weights are kept in blocks.
+            that as many weights are kept in blocks; "ticket": the blocks of the published ticket (`lth.py`), for
+            VGG-16.
         zeros: share of the weights that are pruned.
         group_rows: rows of a group.
     """
@@ -220,9 +229,19 @@ def make_masks(model: nn.Module, structure: str, zeros: float, group_rows: int =
     if structure == "regrouped":
         generator = torch.Generator().manual_seed(0)
         return {name: _grouped_mask(conv.weight, zeros, group_rows, generator) for name, conv in chosen.items()}
+    if structure == "ticket":
+        return _ticket_masks(convs)
     every = magnitude_masks(model, 1 - zeros)
     masks = {name: every[name] for name in chosen}
     return masks if structure == "unstructured" else fxsparse.regroup_masks(masks)
+
+
+def _ticket_masks(convs: dict[str, nn.Conv2d]) -> dict[str, Tensor]:
+    """Return the ticket's masks, whose layers are those of VGG-16 in their order; the first is dense."""
+    masks = lth.ticket_masks()
+    if [conv.weight.shape for conv in convs.values()] != [mask.shape for mask in masks.values()]:
+        raise SystemExit("The published ticket is one of VGG-16: give --networks vgg16:32:... with --structure ticket.")
+    return dict(list(zip(convs, masks.values(), strict=True))[1:])
 
 
 def _grouped_mask(weight: Tensor, zeros: float, group_rows: int, generator: torch.Generator) -> Tensor:

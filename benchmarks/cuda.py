@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from benchmarks import cuda_networks
+from benchmarks import cuda_networks, lth
 from benchmarks.layers import LAYERS, Layer
 from fxsparse.ops import batch_inner, tiles
 from fxsparse.ops.packing import pack
-from fxsparse.regrouping import Block, Regrouping
+from fxsparse.regrouping import Block, Regrouping, Target, regroup
 
 Call = Callable[[], object]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,6 +41,7 @@ class Case:
     """One layer; times in microseconds.
 
     Attributes:
+        rows: that share their columns; 0: as many as the ticket has.
         error: of the chosen kernel's output against float64: norm of the difference over norm.
         dense: of each dense way.
         ours: of each kernel; "auto" is what the operator chooses, "auto, alone" the same without overlap.
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_argument("--layers", action="store_true", help="instead: single convolutions")
     layers.add_argument("--only", default="*", metavar="GLOB", help="names of the layers")
     layers.add_argument("--batch", type=int, nargs="+", default=[64, 256], help="batch sizes")
+    layers.add_argument("--ticket", action="store_true", help="the layers and blocks of the published ticket")
     layers.add_argument("--density", type=float, nargs="+", default=[0.1], help="shares kept")
     layers.add_argument("--rows", type=int, nargs="+", default=[64], help="rows that share their columns")
 
@@ -81,17 +83,27 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.layers:
         return cuda_networks.run(arguments, DTYPES[arguments.dtype])
     cases = []
-    for layer in SHAPES:
+    for layer, mask in ticket_layers() if arguments.ticket else [(layer, None) for layer in SHAPES]:
         if fnmatch.fnmatchcase(layer.name, arguments.only):
             for batch in arguments.batch:
-                cases += measure_layer(layer, batch, arguments)
+                cases += measure_layer(layer, batch, arguments, mask)
                 arguments.results.save({"ok": False, "layers": [dataclasses.asdict(case) for case in cases]})
     print(render_layers(cases))
     return {"ok": bool(cases), "layers": [dataclasses.asdict(case) for case in cases]}
 
 
-def measure_layer(layer: Layer, batch: int, arguments: argparse.Namespace) -> list[Case]:
-    """Measure one layer and batch size at every density and group size."""
+def ticket_layers() -> list[tuple[Layer, Tensor]]:
+    """Return the layers of the published ticket and their masks."""
+    found = []
+    sides = iter((32, 32, 16, 16, 8, 8, 8, 4, 4, 4, 2, 2, 2))
+    for (name, mask), side in zip(lth.ticket_masks().items(), sides, strict=True):
+        out, channels, kernel, _ = mask.shape
+        found.append((Layer(f"{name} {channels}-{out}@{side}", channels, side, out, kernel, 1, (1, 64)), mask))
+    return found
+
+
+def measure_layer(layer: Layer, batch: int, arguments: argparse.Namespace, mask: Tensor | None = None) -> list[Case]:
+    """Measure one layer and batch size at every density and group size, or under a mask of its own."""
     dtype = DTYPES[arguments.dtype]
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False
@@ -100,17 +112,22 @@ def measure_layer(layer: Layer, batch: int, arguments: argparse.Namespace) -> li
     x = torch.randn(batch, layer.channels, layer.side, layer.side, device="cuda", generator=generator).to(dtype)
     weight = torch.randn(shape, device="cuda", generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
     dense = graph_times(dense_calls(layer, x, weight.to(dtype)))
+    if mask is not None:
+        regrouping = regroup(mask, target=Target(group_rows=64))
+        return [_sparse_case(layer, x, weight, dense, float(mask.float().mean()), 0, regrouping)]
     cases = []
     for rows in arguments.rows:
         for density in arguments.density:
             if rows <= layer.out:
-                cases.append(_sparse_case(layer, x, weight, dense, density, rows))
+                regrouping = random_groups(tuple(weight.shape), density, rows, np.random.default_rng(0))
+                cases.append(_sparse_case(layer, x, weight, dense, density, rows, regrouping))
                 print(".", end="", flush=True)
     return cases
 
 
-def _sparse_case(layer: Layer, x: Tensor, weight: Tensor, dense: dict[str, float], density: float, rows: int) -> Case:
-    regrouping = random_groups(tuple(weight.shape), density, rows, np.random.default_rng(0))
+def _sparse_case(
+    layer: Layer, x: Tensor, weight: Tensor, dense: dict[str, float], density: float, rows: int, regrouping: Regrouping
+) -> Case:
     kept = (weight * regrouping.to_mask().reshape(weight.shape).to(weight.device)).to(x.dtype)
     tiled = tiles.tile(pack(kept, regrouping))
     inner = batch_inner.to_batch_inner(x)

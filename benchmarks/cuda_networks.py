@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Measure, print the tables, return the numbers."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    levels = [Level(structure, zeros) for structure in arguments.structure for zeros in arguments.zeros]
+    levels = Level.every(arguments.structure, arguments.zeros)
     results: list[dict[str, Any]] = []
     for workload in arguments.networks or [Workload.read(text) for text in NETWORKS]:
         results.append(measure(workload, levels, dtype, arguments))

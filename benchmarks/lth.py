@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +115,23 @@ def pruned_model(blocks: dict[str, BlockList]) -> nn.Module:
     return model
 
 
+def ticket_masks() -> dict[str, Tensor]:
+    """Return the ticket's masks by the names of torchvision's layers, in their order."""
+    with np.load(BLOCKS, allow_pickle=False) as file:
+        shapes = {key.removesuffix(".shape"): tuple(file[key].tolist()) for key in file.files if key.endswith(".shape")}
+    return {name: _mask(shapes[name], pairs) for name, pairs in block_lists().items()}
+
+
 def bool_masks(model: nn.Module, blocks: dict[str, BlockList]) -> dict[str, Tensor]:
     """Return the blocks as bool tensors of the weights' shapes."""
-    masks = {}
-    for name, pairs in blocks.items():
-        shape = model.get_parameter(f"{name}.weight").shape
-        mask = torch.zeros(shape[0], shape[1:].numel(), dtype=torch.bool)
-        for rows, columns in pairs:
-            mask[np.ix_(rows, columns)] = True
-        masks[name] = mask.reshape(shape)
-    return masks
+    return {name: _mask(tuple(model.get_parameter(f"{name}.weight").shape), pairs) for name, pairs in blocks.items()}
+
+
+def _mask(shape: tuple[int, ...], pairs: BlockList) -> Tensor:
+    mask = torch.zeros(shape[0], math.prod(shape[1:]), dtype=torch.bool)
+    for rows, columns in pairs:
+        mask[np.ix_(rows, columns)] = True
+    return mask.reshape(shape)
 
 
 def exactness(model: nn.Module, blocks: dict[str, BlockList]) -> Agreement:
