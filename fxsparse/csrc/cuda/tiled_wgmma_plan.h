@@ -135,9 +135,13 @@ __device__ __forceinline__ TilePoint point_at(float at, float start, float cost,
 // One warp works out what the CTA does. A CTA gets a run of the line of all tiles, by cost: a row tile's columns begin
 // where those before it end, so its place on the line is known without a sum. Few row tiles of like cost get CTAs of
 // their own instead, which walk the positions side by side: what one CTA has read others find in L2. Rounding moves a
-// border for both of its neighbours alike.
+// border for both of its neighbours alike. Where there are as many CTAs as tiles there is nothing to work out.
 __device__ __forceinline__ CtaShare share_tiles(const TiledWeight &weight, int position_tiles) {
   const int lane = int(threadIdx.x) % 32, count = int(weight.tile_count), grid = int(gridDim.x), cta = int(blockIdx.x);
+  if (position_tiles * count == grid) { // one tile each
+    const int own = cta % count, first = cta / count;
+    return {own, first, own, first + 1, 1, row_tile(weight, own).most_columns};
+  }
   const float total = float(weight.column_count) + float(kTileOverhead) * count;
   const float per_cta = total * position_tiles / grid;
   TilePoint first{-1, 0}, end{-1, 0};
