@@ -236,6 +236,7 @@ def _summary(cells: Cells) -> dict[str, Any]:
         )
         rows.append((order, cells_of))
         kept.append({"net": net, "method": method, "level": level, "cells": group})
-    headers = ("net", "method", "weights %", "MACs %", "test %", "selection %", "seeds", "batch 1", "batch 64")
+    speeds_of = (f"batch {batch}" for batch in BATCHES)
+    headers = ("net", "method", "weights %", "MACs %", "test %", "selection %", "seeds", *speeds_of)
     print(table(headers, [row for _, row in sorted(rows)]))
     return {"groups": kept}
