@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import cuda, cuda_networks
-from benchmarks.cpu_models import VGG16, Level, Workload, make_masks
+from benchmarks.cpu_models import VGG16, Level, ResNet18, Workload, make_masks
 
 
 def _row(**changes: Any) -> dict[str, Any]:
@@ -51,6 +51,27 @@ def test_masks_have_groups_of_the_rows_that_are_asked_for() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_ticket_is_one_of_vgg16() -> None:
+    masks = make_masks(VGG16(), "ticket", 0.5)  # it brings its own share of zeros
+    kept = {name: float(mask.float().mean()) for name, mask in masks.items()}
+    assert len(masks) == 12 and list(kept.values())[:3] == [1, 1, 1] and min(kept.values()) < 0.07
+    layers = cuda.ticket_layers()
+    assert [mask.shape[0] for _, mask in layers[1:]] == [mask.shape[0] for mask in masks.values()]
+    for (layer, mask), other in zip(layers[1:], masks.values(), strict=True):
+        assert torch.equal(mask, other) and (layer.channels, layer.out) == (mask.shape[1], mask.shape[0])
+    with pytest.raises(SystemExit, match="one of VGG-16"):
+        make_masks(ResNet18(), "ticket", 0.8)
+
+
+def test_a_ticket_is_one_level_whatever_the_shares() -> None:
+    levels = Level.every(["ticket", "regrouped"], [0.8, 0.9])
+    assert [str(level) for level in levels] == [
+        "fxsparse ticket 0.792",
+        "fxsparse regrouped 0.8",
+        "fxsparse regrouped 0.9",
+    ]
+
+
 def test_it_says_that_it_needs_a_gpu() -> None:
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         command.main(["cuda", "--networks", "vgg16:32:8"])

@@ -32,3 +32,9 @@ def test_rows_and_json_hold_every_number(dtype: str, tmp_path: Path, capsys: pyt
     )
     assert all(ms > 0 for ms in network["ms"].values())
     assert "| vgg16" in capsys.readouterr().out
+
+
+def test_the_ticket_s_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    result = command.main(["cuda", "--layers", "--ticket", "--only", "*512-512@2", "--batch", "8"])
+    assert len(result["layers"]) == 3 and all(case["ratio"] > 0 and case["error"] < 3e-3 for case in result["layers"])
+    assert "features.40" in capsys.readouterr().out
