@@ -222,8 +222,9 @@ def test_a_result_that_is_moved_leaves_in_that_layout() -> None:
     assert close(fast, x)
 
 
-def test_it_exports_and_compiles() -> None:
-    fast, x = converted()
+@pytest.mark.parametrize("made", [Net, Classifier])
+def test_it_exports_and_compiles(made: Callable[[], nn.Module]) -> None:
+    fast, x = converted(model=made().eval())
     with torch.no_grad():
         wanted = fast(x)
         exported = torch.export.export(fast, (x,), strict=False).module()
@@ -231,13 +232,31 @@ def test_it_exports_and_compiles() -> None:
         assert torch.equal(torch.compile(fast, fullgraph=True, backend="aot_eager")(x), wanted)
 
 
-def test_tiles_are_not_saved_nor_part_of_the_state(tmp_path: object) -> None:
-    fast, x = converted()
+@pytest.mark.parametrize("made", [Net, Classifier])
+def test_tiles_are_not_saved_nor_part_of_the_state(tmp_path: Path, made: Callable[[], nn.Module]) -> None:
+    fast, x = converted(model=made().eval())
     assert any("tile" in name for name, _ in fast.named_buffers())
     assert not any("tile" in name for name in fast.state_dict())
-    fxsparse.save(fast, f"{tmp_path}/model.fxs")
-    loaded = fxsparse.load(f"{tmp_path}/model.fxs")
+    fxsparse.save(fast, tmp_path / "model.fxs")
+    loaded = fxsparse.load(tmp_path / "model.fxs")
     assert "region_batch_inner" in loaded.code and close(fast, x, loaded)
+
+
+def test_gradients_reach_the_parameters_of_a_classifier() -> None:
+    fast, x = converted(model=Classifier().eval())
+    dense = fxsparse.to_dense(fast)
+    for model in (fast, dense):
+        model(x).square().sum().backward()
+    got, wanted = (model.get_submodule("linear").get_parameter("weight").grad for model in (fast, dense))
+    assert got is not None and wanted is not None and torch.allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_copies_and_casts_read_a_classifier_of_their_own() -> None:
+    fast, x = converted(model=Classifier().eval())
+    other = copy.deepcopy(fast).double()
+    with torch.no_grad():
+        other.get_submodule("linear").get_parameter("weight").zero_()
+        assert torch.equal(other(x.double())[0], other(x.double())[-1]) and close(fast, x)
 
 
 def test_saved_weights_come_back_without_tiles(tmp_path: Path) -> None:
