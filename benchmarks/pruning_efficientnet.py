@@ -1,8 +1,7 @@
 """EfficientNet-Lite0 with ImageNet weights, pruned without training: agreement with its dense self on photos.
 
 Views of sixteen photos, ten of them of ImageNet, are all that is seen; agreement is measured on views of thirteen
-others, so it says how near the pruned net stays to the dense one, not how good either is. "Distilled" is the same, then
-trained on other views of the same sixteen to answer as the dense net does: no label there either.
+others, so it says how near the pruned net stays to the dense one, not how good either is.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,7 @@ SIDE = 224
 FIT = ("astronaut.png", "china.jpg", "coffee.png", "ihc.png", "rocket.jpg", "retina.jpg", *IMAGENET[:10])
 TEST = ("chelsea.png", "flower.jpg", "motorcycle_left.png", *IMAGENET[10:])
 BUDGETS = (0.8, 0.9, 0.7)
-DISTILLED = 0.8
 FIT_VIEWS, TEST_VIEWS = 8, 12  # of each photo
-STEPS, STEP_VIEWS, RATE = 150, 1, 2e-4  # of the distillation; views of each photo a step
 
 
 def load(folder: Path | None) -> nn.Module:
@@ -45,16 +41,17 @@ def load(folder: Path | None) -> nn.Module:
     return net.eval()
 
 
-def batch(photos: Sequence[Tensor], each: int, seed: int) -> Tensor:
+def batch(names: tuple[str, ...], each: int, seed: int, folder: Path | None) -> Tensor:
     """Return views of photos as the net wants them."""
-    return (views(photos, each, SIDE, torch.Generator().manual_seed(seed)) * 255 - 127) / 128
+    x = views([photo(name, folder) for name in names], each, SIDE, torch.Generator().manual_seed(seed))
+    return (x * 255 - 127) / 128
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prune at every budget, or measure what is there; print the table."""
     cells = Cells(arguments.state, arguments.seconds)
     model = load(arguments.data)
-    test = batch([photo(name, arguments.data) for name in TEST], TEST_VIEWS, 1)
+    test = batch(TEST, TEST_VIEWS, 1, arguments.data)
     inputs = ExampleInputs((test[:1],), {})
     if arguments.measure:
         for name, cell in cells.all("efficientnet-").items():
@@ -62,8 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 found = cells.same_masks(name, "time") or speed(model, cells.masks(name), inputs, 3.0)
                 cells.update(name, {"time": found})
         return _summary(cells)
-    photos = [photo(name, arguments.data) for name in FIT]
-    data = batch(photos, FIT_VIEWS, 0)
+    data = batch(FIT, FIT_VIEWS, 0, arguments.data)
     with torch.inference_mode():
         wanted = model(test)
     settings = fxsparse.PruneSettings(cost="macs")
@@ -74,10 +70,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         bare = copy.deepcopy(model)
         with fxsparse.pruning.hold(bare, pruned.masks):
             pass
-        nets = {"ours": pruned.model, "energy": bare}
-        if share == DISTILLED:
-            nets["ours, distilled"] = distilled(model, pruned, photos)
-        for method, net in nets.items():
+        for method, net in (("ours", pruned.model), ("energy", bare)):
             with torch.inference_mode():
                 out = net(test)
             cells.add(
@@ -92,22 +85,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 error=float((out - wanted).norm() / wanted.norm()),
             )
     return _summary(cells)
-
-
-def distilled(dense: nn.Module, pruned: fxsparse.Pruned, photos: Sequence[Tensor]) -> nn.Module:
-    """Return a pruned net, trained a little on what the dense one answers; its batch norms stay as they are."""
-    model = copy.deepcopy(pruned.model).eval()
-    loss = fxsparse.pruning.Distillation(dense)
-    optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    with fxsparse.pruning.hold(model, pruned.masks):
-        for step in range(STEPS):
-            x = batch(photos, STEP_VIEWS, 100 + step)
-            optimizer.zero_grad()
-            loss(model(x), x).backward()
-            optimizer.step()
-            schedule.step()
-    return model
 
 
 def _summary(cells: Cells) -> dict[str, Any]:
