@@ -78,23 +78,26 @@ def test_without_the_extension_the_reference_runs_with_one_warning_that_says_how
     assert difference < 1e-5
 
 
-def test_importing_starts_no_cuda_and_costs_under_50_ms() -> None:
-    out = run_python(
-        """
-        import torch, time, sys
-        start = time.process_time()
-        import fxsparse
-        took = time.process_time() - start
-        print(took, torch.cuda.is_initialized(), "fxsparse.conversion" in sys.modules, "tabulate" in sys.modules)
-        """
-    )
-    took, cuda, *rest = out.split()
-    assert (cuda, *rest) == ("False", "False", "False")
-    # The figure is the design's. Processor time, and the best of three: other tests run beside this one.
-    if float(took) >= 0.05:
-        code = "import torch, time; s = time.process_time(); import fxsparse; print(time.process_time() - s)"
-        took = min(run_python(code) for _ in range(3))
-    assert float(took) < 0.05
+def test_importing_starts_no_cuda_and_costs_under_50_ms(tmp_path: Path) -> None:
+    # As it is installed: pip compiles modules to bytecode. Here the first of four imports does, or none would.
+    bytecode = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    costs = []
+    for _ in range(4):
+        out = run_python(
+            """
+            import torch, time, sys
+            start = time.process_time()
+            import fxsparse
+            took = time.process_time() - start
+            print(took, torch.cuda.is_initialized(), "fxsparse.conversion" in sys.modules, "tabulate" in sys.modules)
+            """,
+            **bytecode,
+        )
+        took, cuda, *rest = out.split()
+        assert (cuda, *rest) == ("False", "False", "False")
+        costs.append(float(took))
+    # The figure is the design's. Processor time, and the best of some: other tests run beside this one.
+    assert min(costs) < 0.05
 
 
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
