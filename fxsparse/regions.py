@@ -237,7 +237,8 @@ def _emit(gm: GraphModule, graph: Graph, group: Group, copies: dict[Node, Node])
     for i, node in enumerate(results):
         copies[node] = graph.call_function(operator.getitem, (call, i))
         if group.gives_rows(node):
-            copies[node] = graph.call_function(torch.flatten, (copies[node], 1))
+            # Of an image without a batch there is no such row, as for the layer itself.
+            copies[node] = graph.call_function(torch.squeeze, (copies[node], (2, 3)))
 
 
 def _becomes_channels_last(group: Group, node: Node) -> bool:

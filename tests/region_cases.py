@@ -14,6 +14,9 @@ from fxsparse.ops.packing import PackedWeight, pack
 from fxsparse.ops.region import NONE, Add, Average, Conv, Linear, MaxPool, Step
 from fxsparse.ops.tiles import ROWS, tile
 
+# Errors allowed of a region in each dtype: norm of the difference over norm.
+RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
 
 @dataclasses.dataclass
 class Drawn:
@@ -129,6 +132,17 @@ def close(got: list[Tensor], wanted: list[Tensor], relative: float) -> bool:
         g.shape == w.shape and float((g.double() - w).abs().max()) <= relative * max(1.0, float(w.abs().max()))
         for g, w in zip(got, wanted, strict=True)
     )
+
+
+def agrees(drawn: Drawn, x: Tensor, outputs: list[int], channels_last: tuple[int, ...] = ()) -> None:
+    """Hold the operator's results against float64, step by step."""
+    drawn.dtype = x.dtype
+    got = drawn.run_batch_inner([x], outputs, channels_last)
+    for value, result, wanted in zip(outputs, got, drawn.oracle([x.cpu()], outputs), strict=True):
+        layout = torch.channels_last if value in channels_last else torch.contiguous_format
+        assert result.shape == wanted.shape and result.is_contiguous(memory_format=layout)
+        error = (result.cpu().double() - wanted).norm() / wanted.norm()
+        assert error < RELATIVE[x.dtype], f"value {value}"
 
 
 def batch_inner_net(channels: int = 24) -> Drawn:

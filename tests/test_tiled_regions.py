@@ -125,6 +125,14 @@ def test_a_large_classifier_of_many_images_stays_outside(classes: int, batch: in
     assert ("linear" in steps(fast)[-1]) == inside and close(fast, x)
 
 
+def test_an_image_without_a_batch_is_refused_as_by_the_layer_itself() -> None:
+    fast, x = converted(model=Classifier().eval())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fxsparse.to_dense(fast)(x[0])
+    with pytest.raises(IndexError, match="out of range"):
+        fast(x[0])
+
+
 def test_what_reads_a_classifier_runs_behind_the_region() -> None:
     class Behind(Classifier):
         def forward(self, x: Tensor) -> Tensor:
