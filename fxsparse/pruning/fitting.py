@@ -10,7 +10,7 @@ Strips leave in rounds, a share of those that are left at a time, with the weigh
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ RIDGE = 1e-2
 _DOUBTS, _DOUBTS_WIDE = (0.0, 0.05, 0.2, 0.8, 3.2), (0.0, 0.2, 0.8)  # those that are tried
 _SHRINK, _SHRINK_WIDE = 0.75, 0.5  # area after a round over the area before it; of wide layers, to save time
 _WIDE = 1200
+_JUDGES = 4  # row groups of a wide layer that tell its doubt
+_TRIANGLE = 128  # columns of a triangle that LAPACK inverts
 
 
 @dataclasses.dataclass
@@ -51,7 +53,9 @@ class Products:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add positions: x [groups, P, K], y [groups, P, O / groups]."""
         x, y = x.contiguous(), y.contiguous()
-        self.inputs += (x.transpose(1, 2) @ x).double().cpu()
+        for start in range(0, x.shape[2], _WIDE):  # the upper triangle: `finish` mirrors it
+            part = x[:, :, start : start + _WIDE]
+            self.inputs[:, start : start + _WIDE, start:] += (part.transpose(1, 2) @ x[:, :, start:]).double().cpu()
         self.cross += (x.transpose(1, 2) @ y).double().cpu()
         self.mean_in += x.sum(1).double().cpu()
         self.mean_out += y.sum(1).double().cpu()
@@ -66,9 +70,16 @@ class Products:
         """Turn the sums into means; take the means of x and y out if `centred`."""
         for tensor in self._tensors():
             tensor /= max(self.count, 1)
+        for start in range(_WIDE, self.inputs.shape[1], _WIDE):
+            end = start + _WIDE
+            self.inputs[:, start:end, :start] = self.inputs[:, :start, start:end].transpose(1, 2)
         if centred:
             self.inputs -= self.mean_in[:, :, None] * self.mean_in[:, None]
             self.cross -= self.mean_in[:, :, None] * self.mean_out[:, None]
+
+    def of_rows(self, rows: Tensor) -> Products:
+        """Return those of some rows of a layer with one group."""
+        return dataclasses.replace(self, cross=self.cross[:, :, rows], mean_out=self.mean_out[:, rows])
 
     def error(self, weight: Tensor) -> float:
         """Return how far weights [O, K] are from the wanted outputs on these inputs: a square, but for a constant."""
@@ -83,11 +94,8 @@ class Products:
 def fit(products: Products, weight: Tensor, ridge: float = RIDGE) -> Tensor:
     """Return weights [O, K] that fit with all columns, drawn towards `weight` where the inputs say little."""
     groups, columns, _ = products.inputs.shape
-    old = weight.double().cpu().reshape(groups, -1, columns)
-    system, strength = _regular(products, ridge)
-    right = products.cross + strength[:, :, None] * old.transpose(1, 2)
-    solution: Tensor = torch.linalg.solve(system, right)
-    return solution.transpose(1, 2).reshape(-1, columns)
+    labels = torch.arange(groups).repeat_interleave(len(weight) // groups)
+    return fit_strips(products, weight, labels, torch.ones(groups, columns, dtype=torch.bool), ridge)
 
 
 def eliminate(
@@ -110,10 +118,11 @@ def eliminate(
     kept = torch.ones(int(labels.max()) + 1, columns, dtype=torch.bool)
     sizes = torch.bincount(labels)
     now = columns * int(sizes.sum())
-    shrink = _SHRINK_WIDE if columns > _WIDE else _SHRINK
+    shrink, dtype = (_SHRINK_WIDE, torch.float32) if columns > _WIDE else (_SHRINK, torch.float64)
+    systems = _Systems(products, weight, labels, ridge, dtype)
     while now > area:
         goal = area if at_once else max(area, int(now * shrink))
-        _, saliency = _solved(products, weight, labels, kept, ridge)
+        saliency = systems.saliency(kept)
         best = torch.where(kept, saliency, -torch.inf).argmax(1)
         saliency[torch.arange(len(kept)), best] = torch.inf
         order = saliency.flatten().argsort(stable=True)
@@ -124,7 +133,16 @@ def eliminate(
             break
         kept.view(-1)[order[:count]] = False
         now = int((kept.sum(1) * sizes).sum())
-    return kept, _solved(products, weight, labels, kept, ridge)[0]
+    return kept, fit_strips(products, weight, labels, kept, ridge)
+
+
+def judges(labels: Tensor, groups: int, columns: int) -> Tensor:
+    """Return the rows that `doubt` may be asked for: of a wide layer's row groups a few, since it is one of inputs."""
+    count = int(labels.max()) + 1
+    if groups > 1 or columns <= _WIDE or count <= _JUDGES:
+        return torch.arange(len(labels))
+    chosen = torch.linspace(0, count - 1, _JUDGES).long()
+    return torch.nonzero(torch.isin(labels, chosen)).flatten()
 
 
 def doubt(first: Products, second: Products, fitted: Callable[[Products], Tensor]) -> float:
@@ -148,40 +166,67 @@ def doubt(first: Products, second: Products, fitted: Callable[[Products], Tensor
 
 
 def fit_strips(products: Products, weight: Tensor, labels: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
-    """Return weights [O, K] fitted on given strips [G, K], zero outside of them."""
-    return _solved(products, weight, labels, kept, ridge)[0]
+    """Return weights [O, K] fitted on given strips [G, K], float64, zero outside of them."""
+    return _Systems(products, weight, labels, ridge, torch.float64).fitted(kept)
 
 
-def _regular(products: Products, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return H with its diagonal raised, and by how much, [groups, K]."""
-    energy = products.inputs.diagonal(dim1=1, dim2=2)
-    strength = ridge * energy.mean(1, keepdim=True).clamp_min(1e-12) + products.doubt * energy
-    return products.inputs + torch.diag_embed(strength), strength
+class _Systems:
+    """The linear systems of a layer's row groups: H with its diagonal raised, and C drawn towards the old weights."""
+
+    def __init__(self, products: Products, weight: Tensor, labels: Tensor, ridge: float, dtype: torch.dtype) -> None:
+        energy = products.inputs.diagonal(dim1=1, dim2=2)
+        strength = ridge * energy.mean(1, keepdim=True).clamp_min(1e-12) + products.doubt * energy
+        groups, columns, _ = products.inputs.shape
+        old = weight.double().cpu().reshape(groups, -1, columns).transpose(1, 2)
+        self._right = (products.cross + strength[:, :, None] * old).to(dtype)
+        self._inputs, self._strength = products.inputs.to(dtype), strength.to(dtype)
+        self._labels, self._shape = labels, weight.shape
+        self._rows_each = len(labels) // groups
+
+    def fitted(self, kept: Tensor) -> Tensor:
+        """Return the solution on the strips that are kept, [O, K]."""
+        fitted = torch.zeros(self._shape, dtype=self._right.dtype)
+        for _, rows, columns, factor, right in self._each(kept):
+            fitted[rows[:, None], columns] = torch.cholesky_solve(right, factor).T
+        return fitted
+
+    def saliency(self, kept: Tensor) -> Tensor:
+        """Return each strip's saliency a row, float64 [G, K], inf where it is gone."""
+        saliency = torch.full(kept.shape, torch.inf, dtype=torch.float64)
+        known: tuple[Tensor | None, Tensor] = (None, torch.empty(0))
+        for number, rows, columns, factor, right in self._each(kept):
+            if known[0] is not factor:
+                known = (factor, _inverse_triangle(factor))
+            inverse = known[1]  # of the factor: that of the system is its transpose times itself
+            squares = (inverse.T @ (inverse @ right)).square().sum(1)
+            saliency[number, columns] = (squares / inverse.square().sum(0) / len(rows)).double()
+        return saliency
+
+    def _each(self, kept: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """Yield (row group, rows, columns, Cholesky factor, right-hand sides); equal neighbours share a factor."""
+        last, factor = (-1, b""), torch.empty(0)
+        for number in range(len(kept)):
+            rows = torch.nonzero(self._labels == number).flatten()
+            group = int(rows[0]) // self._rows_each
+            columns = torch.nonzero(kept[number]).flatten()
+            key = (group, kept[number].numpy().tobytes())
+            if key != last:
+                system = self._inputs[group].index_select(0, columns).index_select(1, columns)
+                system.diagonal().add_(self._strength[group, columns])
+                last, factor = key, torch.linalg.cholesky(system)
+            right = self._right[group].index_select(0, columns).index_select(1, rows - group * self._rows_each)
+            yield number, rows, columns, factor, right
 
 
-def _solved(products: Products, weight: Tensor, labels: Tensor, kept: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return the fitted weights [O, K] and each strip's saliency a row [G, K], inf where it is gone."""
-    systems, strength = _regular(products, ridge)
-    rows_each = len(labels) // len(systems)
-    fitted = torch.zeros(weight.shape, dtype=torch.float64)
-    saliency = torch.full(kept.shape, torch.inf, dtype=torch.float64)
-    old = weight.double().cpu()
-    known: dict[tuple[int, bytes], Tensor] = {}
-    for number in range(len(kept)):
-        rows = torch.nonzero(labels == number).flatten()
-        group = int(rows[0]) // rows_each
-        columns = torch.nonzero(kept[number]).flatten()
-        key = (group, kept[number].numpy().tobytes())
-        if key not in known:
-            known = {key: _inverse(systems[group][columns][:, columns])}
-        inverse = known[key]
-        right = products.cross[group][columns][:, rows - group * rows_each]
-        right = right + strength[group][columns, None] * old[rows][:, columns].T
-        solution = inverse @ right
-        fitted[rows[:, None], columns] = solution.T
-        saliency[number, columns] = solution.square().sum(1) / inverse.diagonal() / len(rows)
-    return fitted, saliency
-
-
-def _inverse(system: Tensor) -> Tensor:
-    return torch.cholesky_inverse(torch.linalg.cholesky(system))
+def _inverse_triangle(factor: Tensor) -> Tensor:
+    """Return the inverse of a lower triangle, in halves: products of matrices run several times as fast as LAPACK's."""
+    size = len(factor)
+    if size <= _TRIANGLE:
+        small: Tensor = torch.linalg.solve_triangular(factor, torch.eye(size, dtype=factor.dtype), upper=False)
+        return small
+    half = size // 2
+    inverse = torch.zeros_like(factor)
+    inverse[:half, :half] = _inverse_triangle(factor[:half, :half])
+    inverse[half:, half:] = _inverse_triangle(factor[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (factor[half:, :half] @ inverse[:half, :half])
+    return inverse

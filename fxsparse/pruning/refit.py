@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import unchanged_state
 from fxsparse.pruning.columns import Call, Convolutions, chunks, padded, sample, unfolded
-from fxsparse.pruning.fitting import RIDGE, Products, doubt, eliminate, fit, fit_strips
+from fxsparse.pruning.fitting import RIDGE, Products, doubt, eliminate, fit, fit_strips, judges
 from fxsparse.pruning.layers import Masks
 from fxsparse.regrouping.weight_matrix import FloatArray, IntArray
 
@@ -37,6 +37,7 @@ Forward = Callable[[nn.Module, Any], Any]
 _PER_COLUMN, _LEAST, _LEAST_GROUPED, _MOST = 6, 8192, 2048, 32768
 _FOR_STATISTICS = 2**16  # values of a channel that say what a batch norm's mean and variance become
 _FOR_MOMENTS = 4096
+_PIXELS_FOR_MOMENTS = 2**22  # of the inputs that these are drawn from, but at least one image
 _WIDEST = 8192  # columns; the products of wider layers would take gigabytes
 
 
@@ -81,6 +82,8 @@ def moments(model: nn.Module, names: Sequence[str], batch: Any, forward: Forward
         return out
 
     weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}
+    planes = [leaf[0, 0].numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+    batch = first(batch, max(_PIXELS_FOR_MOMENTS // max(planes, default=1), 1))
     with unchanged_state(model), torch.no_grad(), Convolutions(weights, look):
         forward(model, batch)
     _refuse_unused(names, found)
@@ -179,11 +182,13 @@ class _Pass:
                 "training, the model must take a batch in the first dimension of every input and keep it there."
             )
         dense, pruned = x.chunk(2)
-        out = call.on(dense, call.weight, call.bias)
+        out = call.room(x)
+        call.into(out[: len(dense)], dense, call.weight, call.bias)
         if name not in self.fitted:
-            self.fitted[name] = self._fit(name, call, pruned, out)
+            self.fitted[name] = self._fit(name, call, pruned, out[: len(dense)])
             self.tick()
-        return torch.cat([out, call.on(pruned, *self.fitted[name])])
+        call.into(out[len(dense) :], pruned, *self.fitted[name])
+        return out
 
     def _fit(self, name: str, call: Call, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a layer's new weight and bias."""
@@ -211,8 +216,14 @@ class _Pass:
                 fitted = fit_strips(products, matrix, labels, kept, self.ridge)
             else:
                 assert area is not None
+                rows = judges(labels, call.groups, columns)
+                if len(rows) < len(labels):
+                    first, second = first.of_rows(rows), second.of_rows(rows)
+                theirs, share = labels[rows].unique(return_inverse=True)[1], area * len(rows) // len(labels)
                 products.doubt = doubt(
-                    first, second, lambda part: eliminate(part, matrix, labels, area, self.ridge, at_once=True)[1]
+                    first,
+                    second,
+                    lambda part: eliminate(part, matrix[rows], theirs, share, self.ridge, at_once=True)[1],
                 )
                 kept, fitted = eliminate(products, matrix, labels, area, self.ridge)
             self.masks[name] = kept[labels].reshape(call.weight.shape).to(call.weight.device)
@@ -256,11 +267,14 @@ class _Pass:
             new_var = (var + norm.eps) * scale - norm.eps
             new_mean = pruned_mean - (dense_mean - mean) * scale.sqrt()
             self.new += [(mean, new_mean), (var, new_var)]
-            normed = [
-                F.batch_norm(part, m, v, norm.weight, norm.bias, False, 0.0, norm.eps)
-                for part, m, v in ((dense, mean, var), (pruned, new_mean, new_var))
-            ]
-            return torch.cat(normed)
+            out = torch.empty_like(x)  # of large images new memory costs more than the arithmetic
+            halves = zip((dense, pruned), (mean, new_mean), (var, new_var), out.chunk(2), strict=True)
+            for part, part_mean, part_var, into in halves:
+                scale = (part_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+                shift = (0 if norm.bias is None else norm.bias) - part_mean * scale
+                ends = (1,) * (x.dim() - 2)
+                torch.addcmul(shift.view(-1, *ends), part, scale.view(-1, *ends), out=into)
+            return out
 
         return forward
 
