@@ -36,7 +36,7 @@ class Net(nn.Module):
 
     def __init__(self, forward: Callable[..., Tensor] | None = None) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 9, padding=4)  # of more columns than join a region unpruned
+        self.stem = nn.Conv2d(3, 8, 9, padding=4)
         self.pool = nn.MaxPool2d(2)
         self.a = nn.Conv2d(8, 40, 3, padding=1)
         self.b = nn.Conv2d(40, 40, 3, padding=1)
@@ -59,7 +59,7 @@ def converted(
     model = Net(forward).eval() if model is None else model
     x = torch.randn(batch, 3, 12, 12)
     masks = {name: mask for name, mask in random_masks(model, 0.2).items() if name != "stem"}
-    settings = fxsparse.Settings(calibrate=False)
+    settings = fxsparse.Settings(calibrate=False, exclude=("stem",))
     fast = fxsparse.convert(model, masks, example_inputs=(x,), settings=settings)
     fxsparse.set_mode(fast, "sparse")
     assert isinstance(fast, ConvertedModule)

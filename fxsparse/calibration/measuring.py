@@ -27,7 +27,7 @@ from fxsparse.calibration.transparency import is_elementwise, is_transparent, ma
 from fxsparse.errors import FxsparseError
 from fxsparse.inputs import ExampleInputs
 from fxsparse.layouts import MEMORY_FORMATS
-from fxsparse.ops import batch_inner, tile_cache
+from fxsparse.ops import batch_inner
 from fxsparse.ops.packing import PackedWeight
 from fxsparse.ops.region import NONE, Add
 from fxsparse.report import graphs_of
@@ -340,7 +340,9 @@ class _Measuring:
 def _tiled_arm(gm: GraphModule, site: ConvSite, source: Tensor, packed: packings.Tensors) -> Callable[[], Tensor]:
     """Return the step that a site is within a region on CUDA, as a call of its own."""
     values, columns, panels, rows = packed
-    made = tile_cache.tiled(PackedWeight(values, columns, panels, rows, site.weight_shape))
+    made = tiled_weights.tiled(
+        PackedWeight(values, columns, panels, rows, site.weight_shape), site, tuple(source.shape)
+    )
     kind = source.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
     x = source.to(dtype)

@@ -8,6 +8,7 @@ least 16 bytes, whatever the columns are. What lanes N to Np - 1 hold is of no c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -170,12 +171,16 @@ def cast_tiles(tile_values: Tensor, lanes: int, dtype: torch.dtype) -> Tensor:
 
 
 def output_shape(
-    input: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], dilation: list[int]
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
 ) -> tuple[int, int, int, int]:
     """Return (N, O, Ho, Wo)."""
     sizes = []
     for axis in (0, 1):
         reach = dilation[axis] * (weight_shape[2 + axis] - 1) + 1
-        padded = input.shape[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
+        padded = input_shape[2 + axis] + padding[2 * axis] + padding[2 * axis + 1]
         sizes.append((padded - reach) // stride[axis] + 1)
-    return input.shape[0], weight_shape[0], sizes[0], sizes[1]
+    return input_shape[0], weight_shape[0], sizes[0], sizes[1]

@@ -36,7 +36,7 @@ def _checked_shape(
         input.dtype == tile_values.dtype,
         lambda: f"fxsparse::{name}: the input is {input.dtype}, the tiled values are {tile_values.dtype}",
     )
-    return output_shape(input, weight_shape, stride, padding, dilation)
+    return output_shape(input.shape, weight_shape, stride, padding, dilation)
 
 
 def _batch_inner(

@@ -33,37 +33,55 @@ class _Seen:
 
 @dataclasses.dataclass
 class _Made:
-    tiled: TiledWeight
     tables: tuple[_Seen, ...]
     version: int | None  # of the packed values, or None where torch does not count their changes
+    tiled: dict[int, TiledWeight] = dataclasses.field(default_factory=dict)  # by rows
+    wide: tuple[int, float] | None = None
 
 
 _made = WeakTensorKeyDictionary()
 
 
-def tiled(packed: PackedWeight) -> TiledWeight:
+def tiled(packed: PackedWeight, tile_rows: int = tiles.ROWS) -> TiledWeight:
     """Return the tiled form of a packed weight: new, or the one made before of these tables, its values up to date.
 
     What `fxsparse.ops.tiles.tile` raises is not caught.
     """
-    known: _Made | None = _made.get(packed.values)
-    tables = (packed.columns, packed.panels, packed.rows)
-    if known is None or not all(seen.is_still(table) for seen, table in zip(known.tables, tables, strict=True)):
-        with torch.inference_mode(False), torch.no_grad():
-            known = _Made(tiles.tile(packed), tuple(map(_Seen, tables)), _version(packed.values))
-        _made[packed.values] = known
-    elif known.version is None or known.version != _version(packed.values):
+    known = _known(packed)
+    if known.version is None or known.version != _version(packed.values):
         refresh(packed.values)
-    return known.tiled
+    if tile_rows not in known.tiled:
+        with torch.inference_mode(False), torch.no_grad():
+            known.tiled[tile_rows] = tiles.tile(packed, tile_rows)
+    return known.tiled[tile_rows]
+
+
+def wide_tiles(packed: PackedWeight) -> tuple[int, float]:
+    """Return what `fxsparse.ops.tiles.wide_tiles` says of a packed weight."""
+    known = _known(packed)
+    if known.wide is None:
+        known.wide = tiles.wide_tiles(packed)
+    return known.wide
 
 
 def refresh(values: Tensor) -> None:
-    """Write packed values that have changed into their tiled form, in place; nothing if they have none."""
+    """Write packed values that have changed into their tiled forms, in place; nothing if they have none."""
     known: _Made | None = _made.get(values)
     if known is not None:
         with torch.no_grad():
-            known.tiled.values.copy_(tiles.tiled_values(values, known.tiled.places))
+            for made in known.tiled.values():
+                made.values.copy_(tiles.tiled_values(values, made.places))
         known.version = _version(values)
+
+
+def _known(packed: PackedWeight) -> _Made:
+    """Return what is known of a packed weight, nothing if its tables are others now."""
+    known: _Made | None = _made.get(packed.values)
+    tables = (packed.columns, packed.panels, packed.rows)
+    if known is None or not all(seen.is_still(table) for seen, table in zip(known.tables, tables, strict=True)):
+        known = _Made(tuple(map(_Seen, tables)), _version(packed.values))
+        _made[packed.values] = known
+    return known
 
 
 def _version(tensor: Tensor) -> int | None:

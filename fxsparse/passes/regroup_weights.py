@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 from tqdm import tqdm
 
-from fxsparse import sites
+from fxsparse import sites, tiled_weights
 from fxsparse.passes.base import PassContext, finish
 from fxsparse.regrouping import Regrouping, Target, regroup
 from fxsparse.sites import ConvSite, Support
@@ -28,8 +28,9 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
     known: dict[tuple[int, int], Regrouping] = {}
     found = list(sites.conv_sites(gm))
     quiet = not ctx.settings.progress or len(found) < 2
-    joining = []
-    gains = False
+    gaining: list[Node] = []
+    joining: list[Node] = []
+    dense: list[Node] = []
     for node, site in tqdm(found, desc="Regrouping", unit="conv", disable=quiet, leave=False):
         weight = sites.attribute(gm, site.weight)
         support = _support(site, weight, ctx)
@@ -40,13 +41,19 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
             estimate = OVER_DENSE * known[key].cost(target) / known[key].dense_cost
             support = _expectation(known[key], estimate)
             sites.update(node, regrouping=known[key], estimate=estimate)
-            if not support.ok and (_is_depthwise(weight, site.groups) or _is_stem(weight, site.groups)):
+            if support.ok:
+                gaining.append(node)
+            elif _is_depthwise(weight, site.groups) or _is_stem(weight, site.groups):
                 joining.append(node)
-        gains = gains or support.ok
+            elif _may_tile(weight):
+                dense.append(node)
         sites.update(node, support=support, reason=support.reason)
-    # Depthwise weights and those of stems are small, with zeros or without, and packed they do not part or delay the
-    # convolutions around them, which one call runs then. That is for calibration to measure.
-    for node in joining if gains else ():
+    # Packed, they do not part or delay the convolutions around them, which one call runs then; that is for calibration
+    # to measure. Depthwise weights and those of stems are small. Others are not, and take part on CUDA, where one dense
+    # layer costs the region two changes of layout, if they are the fewer.
+    if len(dense) <= len(gaining):
+        joining += dense
+    for node in joining if gaining else ():
         sites.update(node, support=Support(True), reason="")
     return finish(gm, ctx, {"weights regrouped": len(known)})
 
@@ -75,6 +82,11 @@ def _regroup(site: ConvSite, weight: Tensor, target: Target, ctx: PassContext) -
 def _is_depthwise(weight: Tensor, groups: int) -> bool:
     """Tell whether a convolution is depthwise, and where regions are: on a CPU."""
     return groups == weight.shape[0] > 1 and weight.shape[1] == 1 and weight.device.type == "cpu"
+
+
+def _may_tile(weight: Tensor) -> bool:
+    """Tell whether a convolution of this weight may be a step of a region on CUDA."""
+    return weight.device.type in tiled_weights.DEVICES and weight.dtype in tiled_weights.DTYPES
 
 
 def _is_stem(weight: Tensor, groups: int) -> bool:

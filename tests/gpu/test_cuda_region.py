@@ -361,3 +361,34 @@ def test_saving_and_freezing(tmp_path: object) -> None:
         loaded = fxsparse.load(path)
         assert torch.equal(loaded.cuda()(x), wanted)
         assert torch.equal(fxsparse.freeze(fast)(x), wanted)
+
+
+class WideNet(nn.Module):
+    """Two convolutions whose 256 rows share their columns, with a pooling that the first does itself and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(64, 256, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.second = nn.Conv2d(256, 256, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.first(x).relu())
+        return (self.second(x) + x).relu()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_many_images_get_tiles_of_128_rows_where_rows_share_columns(dtype: torch.dtype) -> None:
+    model = WideNet().eval().to("cuda", dtype)
+    masks = {"first": torch.rand(1, 64, 3, 3) < 0.5, "second": torch.rand(1, 256, 3, 3) < 0.5}
+    masks = {name: mask.expand_as(model.get_submodule(name).weight) for name, mask in masks.items()}  # type: ignore[arg-type]
+    dense = masked_dense(model, masks)
+    for images, wide in ((8, 64), (250, 64 if dtype == torch.float32 else 128)):
+        x = torch.randn(images, 64, 16, 16, device="cuda", dtype=dtype)
+        fast = fxsparse.convert(model, masks, example_inputs=(x,), settings=fxsparse.Settings(calibrate=False))
+        fxsparse.set_mode(fast, "sparse")
+        rows = fast.get_buffer("second.weight_tile_rows").numel() // fast.get_buffer("second.weight_tiles").shape[0]
+        assert rows == wide
+        with torch.no_grad():
+            for some in (x, x[:3], torch.cat([x, x])):  # with tiles for the first
+                assert error_in_float64(fast(some), dense, some) < 16 * torch.finfo(dtype).eps

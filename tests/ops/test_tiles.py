@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxsparse.errors import FxsparseError
-from fxsparse.ops import batch_inner, tiles
+from fxsparse.ops import batch_inner, tile_cache, tiles
 from fxsparse.ops.packing import PackedWeight, pack
 from fxsparse.regrouping import Block, Regrouping
 
@@ -166,6 +166,27 @@ def test_a_group_of_more_rows_than_a_tile_is_split() -> None:
     packed, _ = _packed(200, 400, [(list(range(200)), list(range(100)))])
     assert tiles.tile(packed).tiles[:, 1].tolist() == [100] * 4
     assert tiles.tile(packed, 128).tiles[:, 1].tolist() == [100] * 2
+
+
+def test_wide_tiles_are_half_of_the_columns_where_rows_share_them() -> None:
+    packed, _ = _packed(200, 400, [(list(range(200)), list(range(100)))])
+    assert tiles.wide_tiles(packed) == (2, 0.5)  # of 128 columns each, and 4 before
+    apart, _ = _packed(128, 200, [(list(range(64)), list(range(64))), (list(range(64, 128)), list(range(64, 128)))])
+    assert tiles.wide_tiles(apart) == (1, 1.0)
+    none, _ = _packed(64, 64, [])
+    assert tiles.wide_tiles(none) == (1, 1.0)
+
+
+def test_both_forms_of_a_packed_weight_are_kept_and_follow_it() -> None:
+    packed, _ = _packed(200, 400, [(list(range(200)), list(range(100)))])
+    forms = [tile_cache.tiled(packed, rows) for rows in (tiles.ROWS, tiles.WIDE_ROWS)]
+    assert [form.tile_rows for form in forms] == [64, 128] and tile_cache.wide_tiles(packed) == (2, 0.5)
+    packed.values.mul_(2)
+    for form in forms:
+        assert tile_cache.tiled(packed, form.tile_rows) is form
+        assert torch.equal(form.values, tiles.tile(packed, form.tile_rows).values)
+    packed.columns.copy_(packed.columns + 1)
+    assert tile_cache.tiled(packed) is not forms[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

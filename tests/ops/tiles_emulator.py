@@ -39,7 +39,7 @@ def run(
     """
     batch, channels, height, width = input.shape
     units = batch_inner.padded_batch(batch) // UNIT
-    shape = batch_inner.output_shape(input, list(tiled.weight_shape), list(stride), list(padding), list(dilation))
+    shape = batch_inner.output_shape(input.shape, list(tiled.weight_shape), list(stride), list(padding), list(dilation))
     out_channels, out_height, out_width = shape[1:]
     memory = memory_of(input)
     out = torch.full((out_height * out_width * out_channels * units, UNIT), math.nan, dtype=torch.float64)
@@ -94,7 +94,7 @@ def run_planes(
         float64 [N, O, Ho, Wo]. An output that no warp wrote is NaN.
     """
     rows, warp_positions, split = tile
-    shape = batch_inner.output_shape(input, list(tiled.weight_shape), list(stride), list(padding), list(dilation))
+    shape = batch_inner.output_shape(input.shape, list(tiled.weight_shape), list(stride), list(padding), list(dilation))
     batch, out_channels, out_height, out_width = shape
     pitch = -(-out_width // 2) * 2 if pairs else out_width
     out = torch.full((batch, out_channels, out_height, pitch), math.nan, dtype=torch.float64)

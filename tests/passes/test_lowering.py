@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import agree, build, context
-from torch import nn
+from torch import fx, nn
 
-from fxsparse import sites
+from fxsparse import sites, tiled_weights
 from fxsparse.masks import WeightMask
 from fxsparse.passes import PASSES
 from fxsparse.passes.base import PassContext
@@ -123,3 +123,45 @@ def test_an_empty_mask_leaves_the_bias() -> None:
     gm, _, site = lowered(conv)
     assert site.path == "sparse"
     assert agree(gm, F.conv2d(X, conv.weight, conv.bias), X)
+
+
+@pytest.mark.parametrize(("device", "dense", "joins"), [("cpu", 2, True), ("cpu", 3, False), ("cuda", 2, False)])
+def test_dense_convolutions_join_where_regions_are_of_tiles_if_they_are_the_fewer(
+    device: str, dense: int, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A device that the weights are not on stands for one without tiles.
+    monkeypatch.setattr(tiled_weights, "DEVICES", (device,))
+    convs = {f"dense{i}": nn.Conv2d(32, 32, 3) for i in range(dense)}
+    convs |= {f"pruned{i}": pruned_32() for i in range(2)}
+
+    def chain(g: fx.Graph, x: fx.Node) -> fx.Node:
+        for name in convs:
+            x = g.call_module(name, (x,))
+        return x
+
+    gm = build(convs, chain)
+    for run in PASSES:
+        run(gm, context())
+    found = {site.name: site for _, site in sites.conv_sites(gm)}
+    assert all(found[f"pruned{i}"].packed for i in range(2))
+    for i in range(dense):
+        site = found[f"dense{i}"]
+        assert (site.packed is not None) == joins and site.path == "vanilla"
+        assert site.reason == "no zeros in the weight" or joins
+    if joins:
+        for node, _ in sites.conv_sites(gm):
+            sites.set_path(gm, node, "sparse")
+        x = torch.randn(2, 32, 12, 12)
+        assert agree(gm, nn.Sequential(*convs.values())(x), x)
+
+
+def pruned_32() -> nn.Conv2d:
+    conv = nn.Conv2d(32, 32, 3)
+    conv.weight.data *= torch.rand_like(conv.weight) < 0.1
+    return conv
+
+
+def test_without_a_convolution_that_gains_dense_ones_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiled_weights, "DEVICES", ("cpu",))
+    gm, _, site = lowered(nn.Conv2d(32, 32, 3))
+    assert site.packed is None and site.reason == "no zeros in the weight"

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxsparse.pruning import columns as columns_module
 from fxsparse.pruning.columns import Call, Convolutions, padded, sample, unfolded
-from fxsparse.pruning.fitting import Products, doubt, eliminate, fit, fit_strips
+from fxsparse.pruning.fitting import Products, doubt, eliminate, fit, fit_strips, judges
 
 
 @pytest.mark.parametrize(
@@ -166,3 +167,62 @@ def test_with_endless_doubt_the_kept_weights_stay_as_they_are() -> None:
     torch.testing.assert_close(fitted, torch.where(kept[labels], weight.double(), 0.0), rtol=1e-3, atol=1e-4)
     energy = (weight.double().square() * products.inputs[0].diagonal()).reshape(2, 4, 40).sum(1)
     assert energy[kept].min() > energy[~kept].max() * 0.99
+
+
+def wide(columns: int, rows: int) -> tuple[Products, Tensor, Tensor]:
+    """Return products of correlated inputs of a layer of many columns, their second moments, and its weight."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, columns, generator=generator)
+    x = (x + x.roll(1, 1) * torch.rand(columns, generator=generator)).relu()
+    weight = torch.randn(rows, columns, generator=generator)
+    products = Products.zeros(1, columns, rows)
+    for part in x.split(1000):
+        products.add(part[None], (part @ weight.T)[None])
+    products.finish(centred=False)
+    return products, x.double().T @ x.double() / 3000, weight
+
+
+def test_products_of_a_wide_layer_are_whole_and_symmetric() -> None:
+    products, moments, _ = wide(1300, 8)  # two stripes of columns
+    torch.testing.assert_close(products.inputs[0], moments, rtol=1e-5, atol=1e-5)
+    assert torch.equal(products.inputs, products.inputs.transpose(1, 2))
+
+
+@pytest.mark.parametrize("columns", [300, 1300])  # in float64; wide, so in float32
+def test_a_strip_leaves_by_the_loss_that_the_inverse_tells(columns: int) -> None:
+    products, _, weight = wide(columns, 8)
+    labels = torch.arange(8) // 4
+    area = int(0.3 * weight.numel())
+    kept, _ = eliminate(products, weight, labels, area, at_once=True)
+    system = products.inputs[0] + 1e-2 * products.inputs[0].diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    inverse = torch.linalg.inv(system)
+    solution = inverse @ (products.cross[0] + (system - products.inputs[0]) @ weight.double().T)
+    loss = (solution.square() / inverse.diagonal()[:, None]).T.reshape(2, 4, columns).sum(1)
+    best = loss.flatten().topk(int(kept.sum())).indices
+    wanted = torch.zeros(2 * columns, dtype=torch.bool).index_fill(0, best, True).reshape(2, columns)
+    assert int(kept.sum()) * 4 == area // 4 * 4
+    assert float((kept == wanted).float().mean()) == 1.0
+
+
+def test_a_few_row_groups_of_a_wide_layer_tell_its_doubt() -> None:
+    labels = torch.arange(96).remainder(12)  # not consecutive
+    assert torch.equal(judges(labels, 1, 1000), torch.arange(96))
+    assert torch.equal(judges(labels, 2, 2000), torch.arange(96))
+    assert torch.equal(judges(labels[:32].remainder(4), 1, 2000), torch.arange(32))
+    rows = judges(labels, 1, 2000)
+    assert labels[rows].unique().tolist() == [0, 3, 7, 11] and len(rows) == 32
+    products, _, weight = wide(1300, 16)
+    some = torch.tensor([1, 4, 5])
+    found = fit(products.of_rows(some), weight[some])
+    torch.testing.assert_close(found, fit(products, weight)[some])
+
+
+@pytest.mark.parametrize("images", [1, 7])
+def test_images_a_few_at_a_time_give_the_convolution(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns_module, "_RESULTS", 3 * 12 * 5 * 9)  # three images of the output
+    x, weight, bias = torch.randn(images, 8, 9, 10), torch.randn(12, 4, 3, 3), torch.randn(12)
+    call = Call(x, weight, None, stride=(2, 1), padding=(1, 0), dilation=(1, 1), groups=2)
+    out = call.room(x).fill_(torch.nan)
+    call.into(out, x, weight, bias)
+    wanted = F.conv2d(x.double(), weight.double(), bias.double(), (2, 1), (1, 0), 1, 2)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
