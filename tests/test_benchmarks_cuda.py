@@ -50,7 +50,6 @@ def test_masks_have_groups_of_the_rows_that_are_asked_for() -> None:
     assert str(Level("regrouped", 0.9)) == "fxsparse regrouped 0.9"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_ticket_is_one_of_vgg16() -> None:
     masks = make_masks(VGG16(), "ticket", 0.5)  # it brings its own share of zeros
     kept = {name: float(mask.float().mean()) for name, mask in masks.items()}
@@ -72,6 +71,7 @@ def test_a_ticket_is_one_level_whatever_the_shares() -> None:
     ]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_it_says_that_it_needs_a_gpu() -> None:
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         command.main(["cuda", "--networks", "vgg16:32:8"])
