@@ -2,8 +2,8 @@
 
 torch.fx writes `self.features.0.conv.weight` out for every tensor, and every step of such a path goes through
 `nn.Module.__getattr__`: about 1 us a step, five paths for each sparse convolution. Small images feel that. So modules
-get local names, and buffers, which packed tensors are, come from their module's dict of them. Parameters do not: in a
-replica of `nn.DataParallel` they are plain attributes.
+get local names, and they and buffers, which packed tensors are, come from their owner's dicts of them. Parameters do
+not: in a replica of `nn.DataParallel` they are plain attributes.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ class SharedPaths:
     Args:
         before: the transformer that the graph had, which runs first.
         buffers: names of the buffers, from the root.
+        modules: and of the modules.
     """
 
-    def __init__(self, before: Transformer | None, buffers: frozenset[str]) -> None:
-        """Remember what to run first, and what is a buffer."""
+    def __init__(self, before: Transformer | None, buffers: frozenset[str], modules: frozenset[str]) -> None:
+        """Remember what to run first, and what is a buffer or a module."""
         self.before = before
-        self._buffers = buffers
+        self._buffers, self._modules = buffers, modules
 
     def __call__(self, body: list[str]) -> list[str]:
         """Give every module on a path a local name, where it is first needed."""
@@ -48,8 +49,10 @@ class SharedPaths:
             owner, name = match["of"] or match["on"], match["name"] or match["attr"]
             if (owner, name) not in known:
                 known[owner, name] = f"{_NAME}{len(known)}"
-                prefixes[known[owner, name]] = f"{prefixes[owner]}{name}."
-                lines.append(f"{known[owner, name]} = {match[0]}\n")
+                path = prefixes[owner] + name
+                prefixes[known[owner, name]] = f"{path}."
+                step = f"{owner}._modules[{name!r}]" if path in self._modules else match[0]
+                lines.append(f"{known[owner, name]} = {step}\n")
             return known[owner, name]
 
         def buffer(match: re.Match[str]) -> str:
@@ -70,10 +73,11 @@ class SharedPaths:
 
 
 def install(gm: GraphModule) -> None:
-    """Make a graph generate its code so, from the next `recompile` on, with the buffers that the module has now."""
+    """Make a graph generate its code so, from the next `recompile` on, with what the module has now."""
     buffers = frozenset(name for name, _ in gm.named_buffers(remove_duplicate=False))
+    modules = frozenset(name for name, _ in gm.named_modules(remove_duplicate=False))
 
     def transformer(now: Transformer | None) -> Transformer:
-        return SharedPaths(now.before if isinstance(now, SharedPaths) else now, buffers)
+        return SharedPaths(now.before if isinstance(now, SharedPaths) else now, buffers, modules)
 
     gm.graph.on_generate_code(transformer)

@@ -38,7 +38,7 @@ def test_the_result_is_the_same_and_no_path_has_two_steps() -> None:
     gm, x = installed(model), torch.randn(3, 4)
     assert torch.equal(gm(x), model(x))
     assert "getattr(getattr(" not in gm.code
-    assert gm.code.count("self.a") == gm.code.count("self.block") == 1
+    assert gm.code.count("self._modules['a']") == gm.code.count("self._modules['block']") == 1
 
 
 def test_buffers_come_from_their_dict_and_parameters_as_attributes() -> None:
