@@ -23,8 +23,8 @@ DEVICES = ("cuda",)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)
 # Where tiles of 128 rows and 128 positions were faster on an H200 (published ticket, benchmarks/NOTES.md): from 1.45
-# for each multiprocessor on, with up to 0.69 times the columns.
-_WIDE_POSITIONS, _WIDE_TILES, _WIDE_SHARE = 128, 1.4, 0.7
+# for each multiprocessor and 576 columns on, with up to 0.69 times the columns.
+_WIDE_POSITIONS, _WIDE_TILES, _WIDE_COLUMNS, _WIDE_SHARE = 128, 1.4, 512, 0.7
 
 
 def names_of(site: ConvSite) -> tuple[str, ...]:
@@ -74,8 +74,8 @@ def tiled(packed: PackedWeight, site: ConvSite, input_shape: tuple[int, ...] | N
     least = _WIDE_TILES * device.multi_processor_count
     rows = tiles.ROWS
     if device.major == 9 and parts * -(-outputs // tiles.ROWS) >= least:  # there are no more than that
-        count, share = tile_cache.wide_tiles(packed)
-        if parts * count >= least and share <= _WIDE_SHARE:
+        wide = tile_cache.wide_tiles(packed)
+        if parts * wide.number >= least and wide.columns >= _WIDE_COLUMNS and wide.share <= _WIDE_SHARE:
             rows = tiles.WIDE_ROWS
     return tile_cache.tiled(packed, rows)
 

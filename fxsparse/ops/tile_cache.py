@@ -14,7 +14,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from fxsparse.ops import tiles
 from fxsparse.ops.packing import PackedWeight
-from fxsparse.ops.tiles import TiledWeight
+from fxsparse.ops.tiles import TiledWeight, WideTiles
 
 
 class _Seen:
@@ -36,7 +36,7 @@ class _Made:
     tables: tuple[_Seen, ...]
     version: int | None  # of the packed values, or None where torch does not count their changes
     tiled: dict[int, TiledWeight] = dataclasses.field(default_factory=dict)  # by rows
-    wide: tuple[int, float] | None = None
+    wide: WideTiles | None = None
 
 
 _made = WeakTensorKeyDictionary()
@@ -56,7 +56,7 @@ def tiled(packed: PackedWeight, tile_rows: int = tiles.ROWS) -> TiledWeight:
     return known.tiled[tile_rows]
 
 
-def wide_tiles(packed: PackedWeight) -> tuple[int, float]:
+def wide_tiles(packed: PackedWeight) -> WideTiles:
     """Return what `fxsparse.ops.tiles.wide_tiles` says of a packed weight."""
     known = _known(packed)
     if known.wide is None:

@@ -17,6 +17,7 @@ lack them. Tiles lie one after the other, each with K columns: its own, padded t
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -100,14 +101,26 @@ def tile(packed: PackedWeight, tile_rows: int = ROWS) -> TiledWeight:
     return source.assemble(source.merged(tile_rows), tile_rows)
 
 
-def wide_tiles(packed: PackedWeight) -> tuple[int, float]:
-    """Return how many tiles of 128 rows there are, and their columns over those of all tiles of 64.
+class WideTiles(NamedTuple):
+    """What tiles of 128 rows would be.
 
-    The second is 0.5 where all rows share their columns, 1 where pairs of tiles have none in common.
+    Attributes:
+        number: of them.
+        columns: of a tile, on average, without padding.
+        share: columns of all over those of all tiles of 64 rows: 0.5 where all rows share their columns, 1 where pairs
+            of tiles have none in common.
     """
+
+    number: int
+    columns: float
+    share: float
+
+
+def wide_tiles(packed: PackedWeight) -> WideTiles:
+    """Return what the tiles of 128 rows of a packed weight would be."""
     source = _Source(packed)
-    narrow, wide = ([_padded(len(chunk.columns)) for chunk in source.merged(rows)] for rows in (ROWS, WIDE_ROWS))
-    return len(wide), sum(wide) / max(sum(narrow), 1)
+    narrow, wide = ([len(chunk.columns) for chunk in source.merged(rows)] for rows in (ROWS, WIDE_ROWS))
+    return WideTiles(len(wide), sum(wide) / max(len(wide), 1), sum(wide) / max(sum(narrow), 1))
 
 
 def tiled_values(values: Tensor, places: Tensor) -> Tensor:

@@ -170,17 +170,17 @@ def test_a_group_of_more_rows_than_a_tile_is_split() -> None:
 
 def test_wide_tiles_are_half_of_the_columns_where_rows_share_them() -> None:
     packed, _ = _packed(200, 400, [(list(range(200)), list(range(100)))])
-    assert tiles.wide_tiles(packed) == (2, 0.5)  # of 128 columns each, and 4 before
-    apart, _ = _packed(128, 200, [(list(range(64)), list(range(64))), (list(range(64, 128)), list(range(64, 128)))])
-    assert tiles.wide_tiles(apart) == (1, 1.0)
+    assert tiles.wide_tiles(packed) == (2, 100, 0.5)
+    apart, _ = _packed(128, 200, [(list(range(64)), list(range(7))), (list(range(64, 128)), list(range(64, 71)))])
+    assert tiles.wide_tiles(apart) == (1, 14, 1.0)  # all are padded to 64 columns, which says nothing
     none, _ = _packed(64, 64, [])
-    assert tiles.wide_tiles(none) == (1, 1.0)
+    assert tiles.wide_tiles(none) == (1, 0, 0.0)
 
 
 def test_both_forms_of_a_packed_weight_are_kept_and_follow_it() -> None:
     packed, _ = _packed(200, 400, [(list(range(200)), list(range(100)))])
     forms = [tile_cache.tiled(packed, rows) for rows in (tiles.ROWS, tiles.WIDE_ROWS)]
-    assert [form.tile_rows for form in forms] == [64, 128] and tile_cache.wide_tiles(packed) == (2, 0.5)
+    assert [form.tile_rows for form in forms] == [64, 128] and tile_cache.wide_tiles(packed) == (2, 100, 0.5)
     packed.values.mul_(2)
     for form in forms:
         assert tile_cache.tiled(packed, form.tile_rows) is form
