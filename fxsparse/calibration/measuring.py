@@ -35,8 +35,9 @@ from fxsparse.sites import ConvSite, Support
 from fxsparse.writes import written_input
 
 _FIRST_LOOK = 4  # samples after which candidates that are far behind are dropped
-# Rounds before the first sample counts: until one is no longer clearly faster than the one before.
-_WARM_UPS, _STILL_FALLS = 4, 0.9
+# Rounds before the first sample counts: until one is no longer clearly faster than the one before, or its runs are so
+# long that a processor has reached its speed within them.
+_WARM_UPS, _STILL_FALLS, _LASTING_RUN_S = 4, 0.9, 0.5
 _MIN_SAMPLES, _MAX_SAMPLES = 9, 200  # nine are the fewest whose 95 % interval leaves out the extremes
 # Samples of one candidate in a row, after a run that only fills the caches. Longer runs fill them by themselves.
 _SAMPLES_IN_A_ROW, _LONG_RUN_S = 2, 0.05
@@ -134,6 +135,7 @@ class _Measuring:
         self.found = Measurements()
         self.kind = ""  # the candidate that this run takes; "" is the default of each site
         self.sample: int | None = None  # its number; None where this run's times do not count
+        self.around = False  # whether this run times what stands between the sites, and changes of layout
         self.moved: set[tuple[tuple[int, ...], torch.dtype]] = set()  # timed in this run
         self.weights: dict[Node, dict[str, Tensor]] = {}
         self.packed: dict[Node, dict[str, packings.Tensors]] = {}
@@ -152,7 +154,8 @@ class _Measuring:
             in_a_row = 1 if self._warm_up() else _SAMPLES_IN_A_ROW
             index = samples = 0
             while samples < _MAX_SAMPLES:
-                for kind in self._kinds(index):
+                for position, kind in enumerate(self._kinds(index)):
+                    self.around = position == 0  # as often as any candidate, and not in each one's run
                     if in_a_row > 1:
                         self._run_once(kind, None)
                     for sample in range(samples, samples + in_a_row):
@@ -178,7 +181,7 @@ class _Measuring:
             for kind in kinds:
                 self._run_once(kind, None)
             run_s = (time.perf_counter() - start) / len(kinds)
-            if run_s > _STILL_FALLS * before:
+            if run_s > _STILL_FALLS * before or run_s > _LASTING_RUN_S:
                 break
             before = run_s
         return run_s > _LONG_RUN_S
@@ -212,7 +215,7 @@ class _Measuring:
 
     def _before(self, gm: GraphModule, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Time a node in both layouts, unless it is element-wise on one shape, which costs the same in both."""
-        if self.sample is None:
+        if self.sample is None or not self.around:
             return
         leaves = pytree.tree_leaves((args, kwargs))
         tensors = [value for value in leaves if isinstance(value, Tensor) and value.dim() == 4]
@@ -235,7 +238,7 @@ class _Measuring:
             return
         self.found.values[node] = Seen.of(value)
         key = (tuple(value.shape), value.dtype)
-        if self.sample is None or key in self.moved:  # each shape once a run
+        if self.sample is None or not self.around or key in self.moved:  # each shape once a run
             return
         if self._chooses(gm) or node in self.found.sites:
             self.moved.add(key)
