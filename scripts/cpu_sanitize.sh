@@ -13,7 +13,8 @@ cd "$copy"
 FXSPARSE_WITHOUT_CUDA=1 \
   FXSPARSE_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize=alignment,pointer-overflow -fno-sanitize-recover=undefined -g1 -O1" \
   "$PYTHON" setup.py -q build_ext --inplace > /dev/null
-# Python itself leaks, and its libraries come before ours.
+# Python itself leaks, and its libraries come before ours. How long an import takes says nothing here.
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
-  "$PYTHON" -m pytest -q -x -p no:cacheprovider "${@:-tests/ops}"
+  "$PYTHON" -m pytest -q -x -p no:cacheprovider \
+  --deselect tests/ops/test_library.py::test_importing_starts_no_cuda_and_costs_under_50_ms "${@:-tests/ops}"
