@@ -45,7 +45,7 @@ def regroup_weights(gm: GraphModule, ctx: PassContext) -> PassResult:
                 gaining.append(node)
             elif _is_depthwise(weight, site.groups) or _is_stem(weight, site.groups):
                 joining.append(node)
-            elif _may_tile(weight):
+            elif _may_tile(gm, weight):
                 dense.append(node)
         sites.update(node, support=support, reason=support.reason)
     # Packed, they do not part or delay the convolutions around them, which one call runs then; that is for calibration
@@ -84,9 +84,13 @@ def _is_depthwise(weight: Tensor, groups: int) -> bool:
     return groups == weight.shape[0] > 1 and weight.shape[1] == 1 and weight.device.type == "cpu"
 
 
-def _may_tile(weight: Tensor) -> bool:
+def _may_tile(gm: GraphModule, weight: Tensor) -> bool:
     """Tell whether a convolution of this weight may be a step of a region on CUDA."""
-    return weight.device.type in tiled_weights.DEVICES and weight.dtype in tiled_weights.DTYPES
+    return (
+        weight.device.type in tiled_weights.DEVICES
+        and weight.dtype in tiled_weights.DTYPES
+        and getattr(gm, "may_tile", True)
+    )
 
 
 def _is_stem(weight: Tensor, groups: int) -> bool:

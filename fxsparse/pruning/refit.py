@@ -82,8 +82,10 @@ def moments(model: nn.Module, names: Sequence[str], batch: Any, forward: Forward
         return out
 
     weights = {name: model.get_submodule(name).get_parameter("weight") for name in names}
-    planes = [leaf[0, 0].numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() == 4]
-    batch = first(batch, max(_PIXELS_FOR_MOMENTS // max(planes, default=1), 1))
+    planes = [
+        leaf.shape[2:].numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() == 4
+    ]
+    batch = first(batch, max(_PIXELS_FOR_MOMENTS // max([1, *planes]), 1))
     with unchanged_state(model), torch.no_grad(), Convolutions(weights, look):
         forward(model, batch)
     _refuse_unused(names, found)

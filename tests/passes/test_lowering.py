@@ -125,9 +125,12 @@ def test_an_empty_mask_leaves_the_bias() -> None:
     assert agree(gm, F.conv2d(X, conv.weight, conv.bias), X)
 
 
-@pytest.mark.parametrize(("device", "dense", "joins"), [("cpu", 2, True), ("cpu", 3, False), ("cuda", 2, False)])
+@pytest.mark.parametrize(
+    ("device", "may_tile", "dense", "joins"),
+    [("cpu", True, 2, True), ("cpu", True, 3, False), ("cpu", False, 2, False), ("cuda", True, 2, False)],
+)
 def test_dense_convolutions_join_where_regions_are_of_tiles_if_they_are_the_fewer(
-    device: str, dense: int, joins: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, may_tile: bool, dense: int, joins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A device that the weights are not on stands for one without tiles.
     monkeypatch.setattr(tiled_weights, "DEVICES", (device,))
@@ -140,6 +143,7 @@ def test_dense_convolutions_join_where_regions_are_of_tiles_if_they_are_the_fewe
         return x
 
     gm = build(convs, chain)
+    gm.may_tile = may_tile
     for run in PASSES:
         run(gm, context())
     found = {site.name: site for _, site in sites.conv_sites(gm)}
