@@ -35,8 +35,7 @@ from fxsparse.sites import ConvSite, Support
 from fxsparse.writes import written_input
 
 _FIRST_LOOK = 4  # samples after which candidates that are far behind are dropped
-# Rounds before the first sample counts: until one is no longer clearly faster than the one before, or its runs are so
-# long that a processor has reached its speed within them.
+# Rounds before the first sample counts: until one is not clearly faster than the one before, or its runs last.
 _WARM_UPS, _STILL_FALLS, _LASTING_RUN_S = 4, 0.9, 0.5
 _MIN_SAMPLES, _MAX_SAMPLES = 9, 200  # nine are the fewest whose 95 % interval leaves out the extremes
 # Samples of one candidate in a row, after a run that only fills the caches. Longer runs fill them by themselves.
@@ -343,9 +342,8 @@ class _Measuring:
 def _tiled_arm(gm: GraphModule, site: ConvSite, source: Tensor, packed: packings.Tensors) -> Callable[[], Tensor]:
     """Return the step that a site is within a region on CUDA, as a call of its own."""
     values, columns, panels, rows = packed
-    made = tiled_weights.tiled(
-        PackedWeight(values, columns, panels, rows, site.weight_shape), site, tuple(source.shape)
-    )
+    weight = PackedWeight(values, columns, panels, rows, site.weight_shape)
+    made = tiled_weights.tiled(weight, site, tuple(source.shape))
     kind = source.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
     x = source.to(dtype)
