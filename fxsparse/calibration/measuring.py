@@ -134,8 +134,8 @@ class _Measuring:
         self.found = Measurements()
         self.kind = ""  # the candidate that this run takes; "" is the default of each site
         self.sample: int | None = None  # its number; None where this run's times do not count
-        self.around = False  # whether this run times what stands between the sites, and changes of layout
-        self.moved: set[tuple[tuple[int, ...], torch.dtype]] = set()  # timed in this run
+        self.around = False  # whether this run times what stands between the sites, and changes of layout:
+        self.moved: set[tuple[tuple[int, ...], torch.dtype]] = set()  # these were timed in it
         self.weights: dict[Node, dict[str, Tensor]] = {}
         self.packed: dict[Node, dict[str, packings.Tensors]] = {}
         self.replays: dict[tuple[Node, int, str], Callable[[], Any]] = {}
@@ -341,19 +341,18 @@ class _Measuring:
 
 def _tiled_arm(gm: GraphModule, site: ConvSite, source: Tensor, packed: packings.Tensors) -> Callable[[], Tensor]:
     """Return the step that a site is within a region on CUDA, as a call of its own."""
-    values, columns, panels, rows = packed
-    weight = PackedWeight(values, columns, panels, rows, site.weight_shape)
+    weight = PackedWeight(packed[0], packed[1], packed[2], packed[3], site.weight_shape)
     made = tiled_weights.tiled(weight, site, tuple(source.shape))
     kind = source.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
     x = source.to(dtype)
     tiles = batch_inner.cast_tiles(made.values, made.tile_rows, dtype)
     bias = None if site.bias is None else sites.attribute(gm, site.bias).to(dtype)
-    tables = (tiles, made.columns, made.tiles, made.rows, bias)
     geometry = (list(site.weight_shape), list(site.stride), list(site.padding), list(site.dilation), site.groups)
+    call = (tiles, made.columns, made.tiles, made.rows, bias, *geometry)
     if len(x) < batch_inner.LANES:  # as csrc/plane_region.h decides
-        return partial(torch.ops.fxsparse.conv2d_planes, x.contiguous(), *tables, *geometry, overlap=True)
-    return partial(torch.ops.fxsparse.conv2d_batch_inner, batch_inner.to_batch_inner(x), *tables, *geometry)
+        return partial(torch.ops.fxsparse.conv2d_planes, x.contiguous(), *call, overlap=True)
+    return partial(torch.ops.fxsparse.conv2d_batch_inner, batch_inner.to_batch_inner(x), *call)
 
 
 def _round_trip(value: Tensor) -> list[Tensor]:
