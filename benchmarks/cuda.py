@@ -26,10 +26,11 @@ from benchmarks import cuda_networks, lth
 from benchmarks.layers import LAYERS, Layer
 from fxsparse.ops import batch_inner, tiles
 from fxsparse.ops.packing import pack
+from fxsparse.ops.precision import convs_allow_tf32
 from fxsparse.regrouping import Block, Regrouping, Target, regroup
 
 Call = Callable[[], object]
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "tf32": torch.float32}
 HOPPER_KERNELS = ("wgmma64", "wgmma64half", "wgmma128", "wgmma128half")
 SHAPES = tuple(layer for layer in LAYERS if layer.name.startswith("r50") and "s2" not in layer.name)
 _LAUNCHES = 20
@@ -65,7 +66,9 @@ class Case:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default="bfloat16", help="tf32: float32 where convolutions may use TF32"
+    )
     cuda_networks.add_arguments(parser)
     layers = parser.add_argument_group("single convolutions")
     layers.add_argument("--layers", action="store_true", help="instead: single convolutions")
@@ -106,7 +109,7 @@ def measure_layer(layer: Layer, batch: int, arguments: argparse.Namespace, mask:
     """Measure one layer and batch size at every density and group size, or under a mask of its own."""
     dtype = DTYPES[arguments.dtype]
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (layer.out, layer.channels, layer.kernel, layer.kernel)
     x = torch.randn(batch, layer.channels, layer.side, layer.side, device="cuda", generator=generator).to(dtype)
@@ -173,10 +176,13 @@ def sparse_call(layer: Layer, x: Tensor, tiled: tiles.TiledWeight, kernel: str, 
     """Run a layer between batch-innermost images, or with kernel "planes" as torch stores them."""
     tables = (tiled.values, tiled.columns, tiled.tiles, tiled.rows, None, tiled.weight_shape)
     geometry = ((layer.stride, layer.stride), (layer.padding,) * 4, (1, 1), 1)
+    tf32 = convs_allow_tf32()
     result: Tensor = (
-        torch.ops.fxsparse.conv2d_planes(x, *tables, *geometry, overlap=overlap)
+        torch.ops.fxsparse.conv2d_planes(x, *tables, *geometry, overlap=overlap, allow_tf32=tf32)
         if kernel == "planes"
-        else torch.ops.fxsparse.conv2d_batch_inner(x, *tables, *geometry, kernel=kernel, overlap=overlap)
+        else torch.ops.fxsparse.conv2d_batch_inner(
+            x, *tables, *geometry, kernel=kernel, overlap=overlap, allow_tf32=tf32
+        )
     )
     return result
 

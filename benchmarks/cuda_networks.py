@@ -3,7 +3,8 @@
 The dense sides gain nothing from zeros: torch.compile with mode="reduce-overhead", and eager kernels in a CUDA graph in
 both memory formats, batch norms folded and cuDNN's own benchmark on. The converted model is calibrated with
 deploy="graph" at the batch size at which it is timed, and runs as a CUDA graph too. All are timed in one interleaved
-run, on random images; every output is first checked against the masked dense model's. Nothing computes in TF32.
+run, on random images; every output is first checked against the masked dense model's. Nothing computes in TF32,
+but for convolutions with `--dtype tf32`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Measure, print the tables, return the numbers."""
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = arguments.dtype == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = False  # as is the default
     levels = Level.every(arguments.structure, arguments.zeros)
     results: list[dict[str, Any]] = []
     for workload in arguments.networks or [Workload.read(text) for text in NETWORKS]:
@@ -98,7 +100,7 @@ def measure(
     every = [_time({**dense, **arms}, arguments) for _ in range(arguments.repeats)]
     ms = {name: statistics.median(times[name].median_ms for times in every) for name in (*dense, *arms)}
     best = min(dense, key=lambda name: ms[name])
-    name = str(dtype).removeprefix("torch.")
+    name = arguments.dtype
     rows = []
     for level, (_, model) in made.items():
         ratios = [times.ratio(best, str(level)).median for times in every]

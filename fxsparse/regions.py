@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from fxsparse import epilogues, layouts, node_kinds, sites, tiled_weights
 from fxsparse.ops import region
 from fxsparse.ops.library import has_kernel
+from fxsparse.ops.precision import convs_allow_tf32
 from fxsparse.writes import written_input
 
 # Of a region on a CPU. On CUDA one convolution is worth it: on its own it has no such kernel.
@@ -231,7 +232,8 @@ def _emit(gm: GraphModule, graph: Graph, group: Group, copies: dict[Node, Node])
     arguments = ([copies[n] for n in group.inputs], tensors.nodes, program, [numbers[n] for n in results])
     if group.batch_inner:
         last = [numbers[n] for n in results if _becomes_channels_last(group, n)]
-        call = graph.call_function(torch.ops.fxsparse.region_batch_inner.default, (*arguments, last))
+        tf32 = graph.call_function(convs_allow_tf32)
+        call = graph.call_function(torch.ops.fxsparse.region_batch_inner.default, (*arguments, last, tf32))
     else:
         call = graph.call_function(torch.ops.fxsparse.region.default, arguments)
     for i, node in enumerate(results):

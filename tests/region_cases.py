@@ -71,7 +71,7 @@ class Drawn:
     ) -> list[Tensor]:
         """Run the region on tiled weights, on the inputs' device."""
         tensors = self.tiled(inputs[0])
-        return torch.ops.fxsparse.region_batch_inner(inputs, tensors, self.program, outputs, list(channels_last))
+        return torch.ops.fxsparse.region_batch_inner(inputs, tensors, self.program, outputs, list(channels_last), False)
 
     def tiled(self, like: Tensor, tile_rows: int = ROWS) -> list[Tensor]:
         """Return the tensors with tiled weights, in the dtype and on the device of another."""

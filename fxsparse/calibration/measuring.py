@@ -29,6 +29,7 @@ from fxsparse.inputs import ExampleInputs
 from fxsparse.layouts import MEMORY_FORMATS
 from fxsparse.ops import batch_inner
 from fxsparse.ops.packing import PackedWeight
+from fxsparse.ops.precision import convs_allow_tf32
 from fxsparse.ops.region import NONE, Add
 from fxsparse.report import graphs_of
 from fxsparse.sites import ConvSite, Support
@@ -344,21 +345,19 @@ def _tiled_arm(gm: GraphModule, site: ConvSite, source: Tensor, packed: packings
     weight = PackedWeight(packed[0], packed[1], packed[2], packed[3], site.weight_shape)
     made = tiled_weights.tiled(weight, site, tuple(source.shape))
     kind = source.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else source.dtype
-    x = source.to(dtype)
-    tiles = batch_inner.cast_tiles(made.values, made.tile_rows, dtype)
-    bias = None if site.bias is None else sites.attribute(gm, site.bias).to(dtype)
+    x = source.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else source
+    tiles = batch_inner.cast_tiles(made.values, made.tile_rows, x.dtype)
+    bias = None if site.bias is None else sites.attribute(gm, site.bias).to(x.dtype)
     geometry = (list(site.weight_shape), list(site.stride), list(site.padding), list(site.dilation), site.groups)
-    call = (tiles, made.columns, made.tiles, made.rows, bias, *geometry)
+    call, tf32 = (tiles, made.columns, made.tiles, made.rows, bias, *geometry), convs_allow_tf32()
     if len(x) < batch_inner.LANES:  # as csrc/plane_region.h decides
-        return partial(torch.ops.fxsparse.conv2d_planes, x.contiguous(), *call, overlap=True)
-    return partial(torch.ops.fxsparse.conv2d_batch_inner, batch_inner.to_batch_inner(x), *call)
+        return partial(torch.ops.fxsparse.conv2d_planes, x.contiguous(), *call, overlap=True, allow_tf32=tf32)
+    return partial(torch.ops.fxsparse.conv2d_batch_inner, batch_inner.to_batch_inner(x), *call, allow_tf32=tf32)
 
 
-def _round_trip(value: Tensor) -> list[Tensor]:
+def _round_trip(value: Tensor) -> Any:
     """Run a region that computes nothing: a change of layout, a copy, and a change back."""
-    result: list[Tensor] = torch.ops.fxsparse.region_batch_inner([value], [], Add(0, NONE, "none").numbers(), [1], [])
-    return result
+    return torch.ops.fxsparse.region_batch_inner([value], [], Add(0, NONE, "none").numbers(), [1], [], False)
 
 
 def _moves(value: Tensor) -> dict[str, Callable[[], Tensor]]:

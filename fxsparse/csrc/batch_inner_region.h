@@ -8,12 +8,12 @@ namespace fxsparse {
 class BatchInnerRegion : CudaRegion {
 public:
   BatchInnerRegion(const Program &program, const std::vector<Tensor> &inputs, const std::vector<int64_t> &outputs,
-                   const std::vector<Tensor> &results)
-      : CudaRegion(program, inputs, outputs, results) {
+                   const std::vector<Tensor> &results, bool allow_tf32)
+      : CudaRegion(program, inputs, outputs, results, allow_tf32) {
     for (const ProgramStep &step : program_.steps) {
       Conv conv = {};
       if (step.kind == ProgramKind::kConv) {
-        conv.call = {step.conv, type_, cuda::TiledKernel::kChosen, true, false};
+        conv.call = {step.conv, type_, cuda::TiledKernel::kChosen, true, false, allow_tf32_};
         conv.weight = weight(step, [&](int64_t rows) { return cuda::tiled_conv2d_refusal(conv.call, rows); });
       }
       convs_.push_back(conv);

@@ -96,10 +96,12 @@ STABLE_TORCH_LIBRARY(fxsparse, m) {
         "str padding_mode=\"zeros\", str activation=\"none\", Tensor? add=None) -> Tensor");
   m.def("conv2d_batch_inner(Tensor input, Tensor tile_values, Tensor tile_columns, Tensor tiles, Tensor tile_rows, "
         "Tensor? bias, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
-        "str activation=\"none\", Tensor? add=None, str kernel=\"auto\", bool overlap=True) -> Tensor");
+        "str activation=\"none\", Tensor? add=None, str kernel=\"auto\", bool overlap=True, "
+        "bool allow_tf32=False) -> Tensor");
   m.def("conv2d_planes(Tensor input, Tensor tile_values, Tensor tile_columns, Tensor tiles, Tensor tile_rows, "
         "Tensor? bias, int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
-        "str activation=\"none\", Tensor? add=None, int[] tile=[0, 0, 0], bool overlap=False) -> Tensor");
+        "str activation=\"none\", Tensor? add=None, int[] tile=[0, 0, 0], bool overlap=False, "
+        "bool allow_tf32=False) -> Tensor");
   m.def("unpack(Tensor values, Tensor columns, Tensor panels, Tensor rows, int[] weight_shape) -> Tensor");
   m.def("repack(Tensor weight, Tensor columns, Tensor panels, Tensor rows, int values) -> Tensor");
   m.def("validate(Tensor columns, Tensor panels, Tensor rows, int values, int[] weight_shape, int groups) -> ()");

@@ -11,7 +11,7 @@ namespace {
 
 std::vector<Tensor> region_batch_inner(const std::vector<Tensor> &inputs, const std::vector<Tensor> &tensors,
                                        const std::vector<int64_t> &numbers, const std::vector<int64_t> &outputs,
-                                       const std::vector<int64_t> &channels_last) {
+                                       const std::vector<int64_t> &channels_last, bool allow_tf32) {
   const Program program(inputs, tensors, numbers);
   check_cuda("inputs", inputs[0]);
   const torch::stable::accelerator::DeviceGuard guard(inputs[0].get_device_index());
@@ -22,11 +22,11 @@ std::vector<Tensor> region_batch_inner(const std::vector<Tensor> &inputs, const 
     results.push_back(empty_cuda(sizes, inputs[0].scalar_type(), last, inputs[0].get_device_index()));
   }
   if (program.is_empty()) // nothing to compute: bad weights are refused all the same
-    BatchInnerRegion(program, inputs, outputs, results);
+    BatchInnerRegion(program, inputs, outputs, results, allow_tf32);
   else if (runs_on_planes(program))
-    PlaneRegion(program, inputs, outputs, results).queue();
+    PlaneRegion(program, inputs, outputs, results, allow_tf32).queue();
   else
-    BatchInnerRegion(program, inputs, outputs, results).queue();
+    BatchInnerRegion(program, inputs, outputs, results, allow_tf32).queue();
   return results;
 }
 

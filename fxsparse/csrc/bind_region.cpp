@@ -110,7 +110,7 @@ std::vector<Tensor> region(const std::vector<Tensor> &inputs, const std::vector<
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
   m.def("region(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]");
   m.def("region_batch_inner(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs, "
-        "int[] channels_last) -> Tensor[]");
+        "int[] channels_last, bool allow_tf32) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) { m.impl("region", TORCH_BOX(&fxsparse::region)); }

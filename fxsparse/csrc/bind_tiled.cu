@@ -47,19 +47,23 @@ Tensor to_batch_inner(const Tensor &tensor) {
 }
 
 cuda::TiledKernel tiled_kernel_of(const std::string &name) {
-  if (name == "auto")
-    return cuda::TiledKernel::kChosen;
-  if (name == "wgmma64")
-    return cuda::TiledKernel::kWgmma64;
-  if (name == "wgmma128")
-    return cuda::TiledKernel::kWgmma128;
-  if (name == "wgmma64half")
-    return cuda::TiledKernel::kWgmma64Half;
-  if (name == "wgmma128half")
-    return cuda::TiledKernel::kWgmma128Half;
-  STD_TORCH_CHECK(name == "portable", "'kernel' is '", name,
-                  "', expected 'auto', 'wgmma64', 'wgmma128', 'wgmma64half', 'wgmma128half' or 'portable'");
-  return cuda::TiledKernel::kPortable;
+  using Kernel = cuda::TiledKernel;
+  static constexpr std::pair<const char *, Kernel> kKernels[] = {{"auto", Kernel::kChosen},
+                                                                 {"wgmma64", Kernel::kWgmma64},
+                                                                 {"wgmma128", Kernel::kWgmma128},
+                                                                 {"wgmma64half", Kernel::kWgmma64Half},
+                                                                 {"wgmma128half", Kernel::kWgmma128Half},
+                                                                 {"portable", Kernel::kPortable},
+                                                                 {"float_64", Kernel::kFloat64},
+                                                                 {"float_128", Kernel::kFloat128},
+                                                                 {"float_256", Kernel::kFloat256}};
+  std::string names;
+  for (const auto &[known, kernel] : kKernels) {
+    if (name == known)
+      return kernel;
+    names += std::string(names.empty() ? "" : ", ") + "'" + known + "'";
+  }
+  STD_TORCH_CHECK(false, "'kernel' is '", name, "', expected one of ", names);
 }
 
 // What both operators check and hold alike.
@@ -114,10 +118,10 @@ Tensor conv2d_batch_inner(const Tensor &input, const Tensor &tile_values, const 
                           IntHeaderOnlyArrayRef weight_shape, IntHeaderOnlyArrayRef stride,
                           IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation, int64_t groups,
                           const std::string &activation, const std::optional<Tensor> &add, const std::string &kernel,
-                          bool overlap) {
+                          bool overlap, bool allow_tf32) {
   TiledArguments call(input, tile_values, tile_columns, tiles, tile_rows, bias, weight_shape, stride, padding, dilation,
                       groups, activation, add);
-  const cuda::TiledConv conv{call.geometry, call.type, tiled_kernel_of(kernel), overlap, false};
+  const cuda::TiledConv conv{call.geometry, call.type, tiled_kernel_of(kernel), overlap, false, allow_tf32};
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const char *refusal = cuda::tiled_conv2d_refusal(conv, call.weight.tile_rows);
   STD_TORCH_CHECK(refusal == nullptr, "'conv2d_batch_inner' does not do this convolution: ", refusal,
@@ -161,7 +165,7 @@ Tensor conv2d_planes(const Tensor &input, const Tensor &tile_values, const Tenso
                      const Tensor &tile_rows, const std::optional<Tensor> &bias, IntHeaderOnlyArrayRef weight_shape,
                      IntHeaderOnlyArrayRef stride, IntHeaderOnlyArrayRef padding, IntHeaderOnlyArrayRef dilation,
                      int64_t groups, const std::string &activation, const std::optional<Tensor> &add,
-                     IntHeaderOnlyArrayRef tile, bool overlap) {
+                     IntHeaderOnlyArrayRef tile, bool overlap, bool allow_tf32) {
   TiledArguments call(input, tile_values, tile_columns, tiles, tile_rows, bias, weight_shape, stride, padding, dilation,
                       groups, activation, add);
   STD_TORCH_CHECK(tile.size() == 3 && (tile[0] == 0 || tile[0] == 32 || tile[0] == 64) &&
@@ -169,7 +173,8 @@ Tensor conv2d_planes(const Tensor &input, const Tensor &tile_values, const Tenso
                       (tile[2] == 0 || tile[2] == 1 || tile[2] == 2 || tile[2] == 4 || tile[2] == 8),
                   "'tile' is ", list_text(tile),
                   ", expected rows (32 or 64), positions (8 or 16) and warps that share columns (1, 2, 4 or 8), or 0");
-  cuda::PlaneConv conv = {call.geometry, call.type, {int(tile[0]), int(tile[1]), int(tile[2])}, overlap, false};
+  cuda::PlaneConv conv = {call.geometry, call.type, {int(tile[0]), int(tile[1]), int(tile[2])},
+                          overlap,       false,     allow_tf32};
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   const char *refusal = cuda::plane_conv2d_refusal(conv, call.weight.tile_rows);
   STD_TORCH_CHECK(refusal == nullptr, "'conv2d_planes' does not do this convolution: ", refusal,

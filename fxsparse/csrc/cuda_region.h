@@ -54,8 +54,8 @@ inline bool is_channels_last(const Tensor &images) {
 class CudaRegion {
 public:
   CudaRegion(const Program &program, const std::vector<Tensor> &inputs, const std::vector<int64_t> &outputs,
-             const std::vector<Tensor> &results)
-      : program_(program), anchor_(inputs[0]), type_(tiled_type_of("inputs", inputs[0])),
+             const std::vector<Tensor> &results, bool allow_tf32)
+      : program_(program), anchor_(inputs[0]), type_(tiled_type_of("inputs", inputs[0])), allow_tf32_(allow_tf32),
         stream_(current_stream(inputs[0])), values_(program.values.size()) {
     for (size_t i = 0; i < inputs.size(); ++i) {
       const bool last = is_channels_last(inputs[i]) && !inputs[i].is_contiguous() && is_aligned(inputs[i]);
@@ -201,6 +201,7 @@ protected:
   const Program &program_;
   const Tensor anchor_;
   const TiledType type_;
+  const bool allow_tf32_; // in convolutions
   const cudaStream_t stream_;
   std::vector<Value> values_;
   std::vector<Linear> linears_; // of each step

@@ -26,13 +26,14 @@ inline bool runs_on_planes(const Program &program) {
 class PlaneRegion : CudaRegion {
 public:
   PlaneRegion(const Program &program, const std::vector<Tensor> &inputs, const std::vector<int64_t> &outputs,
-              const std::vector<Tensor> &results)
-      : CudaRegion(program, inputs, outputs, results) {
+              const std::vector<Tensor> &results, bool allow_tf32)
+      : CudaRegion(program, inputs, outputs, results, allow_tf32) {
     for (const ProgramStep &step : program_.steps) {
       Conv conv = {};
       if (step.kind == ProgramKind::kConv) {
         conv.call.geometry = step.conv;
         conv.call.type = type_;
+        conv.call.allow_tf32 = allow_tf32_;
         conv.weight = weight(step, [&](int64_t rows) { return cuda::plane_conv2d_refusal(conv.call, rows); });
       }
       convs_.push_back(conv);

@@ -75,10 +75,11 @@ def conv2d_batch_inner(
     add: Tensor | None = None,
     kernel: str = "auto",
     overlap: bool = True,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """Compute `activation(conv2d(input, weight, bias) + add)` in plain torch; the result is batch_inner.
 
-    `kernel` and `overlap` choose among CUDA kernels: nothing here.
+    `kernel`, `overlap` and `allow_tf32` choose among CUDA kernels: nothing here.
     """
     tiled = (tile_values, tile_columns, tiles, tile_rows)
     geometry = (weight_shape, stride, padding, dilation, groups)
@@ -101,10 +102,11 @@ def conv2d_planes(
     add: Tensor | None = None,
     tile: list[int] | None = None,
     overlap: bool = False,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """Compute the same between images as torch stores them: the result is channels_last if the input's channels are.
 
-    `tile` and `overlap` choose among CUDA kernels: nothing here.
+    `tile`, `overlap` and `allow_tf32` choose among CUDA kernels: nothing here.
     """
     tiled = (tile_values, tile_columns, tiles, tile_rows)
     geometry = (weight_shape, stride, padding, dilation, groups)
@@ -139,21 +141,29 @@ def _computed(
 def untile(
     tile_values: Tensor, tile_columns: Tensor, tiles: Tensor, tile_rows: Tensor, weight_shape: list[int], groups: int
 ) -> Tensor:
-    """Return the dense weight (O, C / groups, kh, kw) of a tiled one."""
+    """Return the dense weight (O, C / groups, kh, kw) of a tiled one.
+
+    No shape in here depends on what the tables hold, so that it can be traced.
+    """
     out_channels, group_channels, height, width = weight_shape
+    channels, device = groups * group_channels, tile_values.device
     lanes = len(tile_rows) // max(len(tiles), 1)
-    dense = tile_values.new_zeros(out_channels, groups * group_channels, height, width)
-    for t, (first_column, count, first_value, _) in enumerate(tiles.tolist()):
-        words = tile_columns[first_column : first_column + count].long()
-        rows = tile_rows[t * lanes : (t + 1) * lanes].long()
-        size = -(-max(count, 1) // COLUMN_STEP) * COLUMN_STEP * lanes
-        values = tile_values[first_value : first_value + size]
-        if tile_values.dtype in (torch.bfloat16, torch.float16):
-            values = values.reshape(-1, lanes, 8).swapaxes(1, 2)
-        matrix = values.reshape(-1, lanes)[:count].T
-        real = rows >= 0
-        r, s, c = words >> ROW_SHIFT, words >> TAP_SHIFT & 15, words & (1 << TAP_SHIFT) - 1
-        dense[rows[real, None], c, r, s] = matrix[real]
+    first_column, count, first_value = (tiles[:, i].contiguous() for i in range(3))
+    places = torch.arange(len(tile_columns), device=device)
+    tile = torch.searchsorted(first_column, places, right=True) - 1  # columns lie tile after tile
+    column = (places - first_column[tile])[:, None]
+    lane = torch.arange(lanes, device=device)
+    eights = tile_values.dtype in (torch.bfloat16, torch.float16)
+    inside = (column // 8 * lanes + lane) * 8 + column % 8 if eights else column * lanes + lane
+    words = tile_columns.long()[:, None]
+    r, s, c = words >> ROW_SHIFT, words >> TAP_SHIFT & 15, words & (1 << TAP_SHIFT) - 1
+    rows = tile_rows.long().reshape(-1, lanes)[tile]
+    size = out_channels * channels * height * width
+    # What is padding goes behind the weight.
+    to = torch.where((column < count[tile, None]) & (rows >= 0), ((rows * channels + c) * height + r) * width + s, size)
+    values = tile_values[first_value[tile, None] + inside]
+    dense = tile_values.new_zeros(size + 1).scatter(0, to.flatten(), values.flatten())[:size]
+    dense = dense.reshape(out_channels, channels, height, width)
     if groups == 1:
         return dense
     # A tile may have rows of several groups: it holds zeros where a row does not see a channel.

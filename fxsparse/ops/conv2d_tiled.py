@@ -55,6 +55,7 @@ def _batch_inner(
     add: Tensor | None = None,
     kernel: str = "auto",
     overlap: bool = True,
+    allow_tf32: bool = False,
 ) -> Tensor:
     geometry = (weight_shape, stride, padding, dilation, groups)
     shape = _checked_shape("conv2d_batch_inner", input, tile_values, *geometry)
@@ -77,6 +78,7 @@ def _planes(
     add: Tensor | None = None,
     tile: list[int] | None = None,
     overlap: bool = False,
+    allow_tf32: bool = False,
 ) -> Tensor:
     geometry = (weight_shape, stride, padding, dilation, groups)
     shape = _checked_shape("conv2d_planes", input, tile_values, *geometry)

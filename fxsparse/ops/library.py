@@ -30,16 +30,19 @@ SCHEMAS = {
     "conv2d_batch_inner": (
         "(Tensor input, Tensor tile_values, Tensor tile_columns, Tensor tiles, Tensor tile_rows, Tensor? bias, "
         "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
-        'str activation="none", Tensor? add=None, str kernel="auto", bool overlap=True) -> Tensor'
+        'str activation="none", Tensor? add=None, str kernel="auto", bool overlap=True, '
+        "bool allow_tf32=False) -> Tensor"
     ),
     "conv2d_planes": (
         "(Tensor input, Tensor tile_values, Tensor tile_columns, Tensor tiles, Tensor tile_rows, Tensor? bias, "
         "int[] weight_shape, int[] stride, int[] padding, int[] dilation, int groups, "
-        'str activation="none", Tensor? add=None, int[] tile=[0, 0, 0], bool overlap=False) -> Tensor'
+        'str activation="none", Tensor? add=None, int[] tile=[0, 0, 0], bool overlap=False, '
+        "bool allow_tf32=False) -> Tensor"
     ),
     "region": "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs) -> Tensor[]",
     "region_batch_inner": (
-        "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs, int[] channels_last) -> Tensor[]"
+        "(Tensor[] inputs, Tensor[] tensors, int[] program, int[] outputs, int[] channels_last, "
+        "bool allow_tf32) -> Tensor[]"
     ),
     "unpack": "(Tensor values, Tensor columns, Tensor panels, Tensor rows, int[] weight_shape) -> Tensor",
     "repack": "(Tensor weight, Tensor columns, Tensor panels, Tensor rows, int values) -> Tensor",

@@ -171,9 +171,14 @@ def reference(inputs: list[Tensor], tensors: list[Tensor], program: list[int], o
 
 
 def reference_batch_inner(
-    inputs: list[Tensor], tensors: list[Tensor], program: list[int], outputs: list[int], channels_last: list[int]
+    inputs: list[Tensor],
+    tensors: list[Tensor],
+    program: list[int],
+    outputs: list[int],
+    channels_last: list[int],
+    allow_tf32: bool,
 ) -> list[Tensor]:
-    """Compute a region of tiled convolutions step by step, each value batch_inner; in torch's own operators alone.
+    """Compute a region of tiled convolutions step by step, in torch's own operators and layouts alone.
 
     Args:
         inputs: images of one batch, [N, C, H, W] or [C, H, W], of any strides.
@@ -181,20 +186,26 @@ def reference_batch_inner(
         program: as `steps_of` reads it.
         outputs: the values to return.
         channels_last: those of them that get the strides of torch.channels_last; the others are contiguous.
+        allow_tf32: that convolutions of float32 may round their factors to TF32, which nothing here does.
     """
     batched = inputs[0].dim() == 4
-    values = [batch_inner.to_batch_inner(x if batched else x[None]) for x in inputs]
+    values = [(x if batched else x[None]).contiguous() for x in inputs]  # one order of sums, whatever the strides
     for step in steps_of(program):
         if isinstance(step, Conv):
-            values.append(step.run_tiled(values, tensors, batch_inner.conv2d_batch_inner))
+            values.append(step.run_tiled(values, tensors, batch_inner.conv2d_planes))
         else:
-            values.append(batch_inner.to_batch_inner(step.run(values, tensors)))
+            values.append(step.run(values, tensors))
     results = {i: _stored(values[i], i in channels_last) for i in outputs}
     return [results[i] if batched else results[i][0] for i in outputs]
 
 
 def fake_batch_inner(
-    inputs: list[Tensor], tensors: list[Tensor], program: list[int], outputs: list[int], channels_last: list[int]
+    inputs: list[Tensor],
+    tensors: list[Tensor],
+    program: list[int],
+    outputs: list[int],
+    channels_last: list[int],
+    allow_tf32: bool,
 ) -> list[Tensor]:
     """Return what `region_batch_inner` does, in shapes and strides alone."""
     batched = inputs[0].dim() == 4

@@ -29,7 +29,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         outputs, seeds = [results[i] for i in used], [grads[i] for i in used]
         found = iter(torch.autograd.grad(outputs, wanted, seeds, allow_unused=True))
     by_tensor = [next(found) if t.requires_grad else None for t in saved]
-    return by_tensor[: ctx.count], by_tensor[ctx.count :], *(None if numbers else [] for numbers in ctx.numbers)
+    # A list without numbers is a structure without leaves.
+    rest: list[list[int] | None] = [None if numbers or isinstance(numbers, bool) else [] for numbers in ctx.numbers]
+    return by_tensor[: ctx.count], by_tensor[ctx.count :], *rest
 
 
 def _cast_tiles(

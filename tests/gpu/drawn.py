@@ -21,6 +21,9 @@ ROUNDOFF = {
     torch.float16: (2.0**-11, 2.0**-24),
     torch.bfloat16: (2.0**-8, 2.0**-24),
 }
+# In the place of a dtype: float32 whose products may be of factors rounded to TF32, two roundings of 2**-11.
+TF32 = "tf32"
+TF32_PRODUCT = 1.01 * 2.0**-10
 # No activation is steeper than hardswish.
 STEEPEST = 1.5
 
@@ -29,7 +32,7 @@ STEEPEST = 1.5
 class Drawn:
     """A convolution: sizes, options and data. `blocks` is the density of columns inside the blocks."""
 
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | str = torch.float32
     batch: int | None = 3
     in_channels: int = 24
     out_channels: int = 40
@@ -50,6 +53,8 @@ class Drawn:
 
     def __post_init__(self) -> None:
         """Draw the blocks, the residual and the data."""
+        self.tf32 = self.dtype == TF32
+        self.dtype = torch.float32 if self.tf32 else self.dtype
         rng = np.random.default_rng(self.seed)
         self.weight_shape = (self.out_channels, self.in_channels // self.groups, *self.kernel)
         regrouping = self._regrouping(rng)
@@ -154,7 +159,7 @@ class Drawn:
         assert worst <= 1, f"error is {worst} times the bound"
 
 
-def random_case(seed: int, dtype: torch.dtype, batches: tuple[int, ...]) -> tuple[Drawn, np.random.Generator]:
+def random_case(seed: int, dtype: torch.dtype | str, batches: tuple[int, ...]) -> tuple[Drawn, np.random.Generator]:
     """Draw a convolution with zero padding, its batch one of those; also what drew it."""
     rng = np.random.default_rng(seed)
 

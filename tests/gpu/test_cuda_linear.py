@@ -42,6 +42,6 @@ def test_linear_layers_that_are_refused() -> None:
         (x, [weight], "names tensor 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            OP([images], tensors, drawn.program, [1], [])
+            OP([images], tensors, drawn.program, [1], [], False)
     with pytest.raises(RuntimeError, match="CUDA's regions have only"):
         torch.ops.fxsparse.region([x.cpu()], [weight.cpu(), bias.cpu()], drawn.program, [1])

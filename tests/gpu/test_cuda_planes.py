@@ -30,7 +30,7 @@ def _run(arguments: dict[str, Any]) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [64, 128])
-def test_every_option_and_tile_agrees_with_float64(dtype: torch.dtype, rows: int) -> None:
+def test_every_option_and_tile_agrees_with_float64(dtype: torch.dtype | str, rows: int) -> None:
     for options in OPTIONS.values():
         case = Drawn(dtype=dtype, **options)
         arguments = _arguments(case, rows)
@@ -40,7 +40,7 @@ def test_every_option_and_tile_agrees_with_float64(dtype: torch.dtype, rows: int
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(24))
-def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype) -> None:
+def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype | str) -> None:
     case, rng = random_case(seed, dtype, (1, 2, 5, 7))
     arguments = _arguments(case)
     for tile in (TILES[0], TILES[1 + rng.integers(len(TILES) - 1)]):
@@ -48,7 +48,7 @@ def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inputs_of_any_strides(dtype: torch.dtype) -> None:
+def test_inputs_of_any_strides(dtype: torch.dtype | str) -> None:
     case = Drawn(dtype=dtype, batch=3, add=True, size=(12, 18))
     last = torch.channels_last
     ways = {
@@ -69,7 +69,7 @@ def test_inputs_of_any_strides(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish"])
-def test_nan_passes_through_every_activation(activation: str, dtype: torch.dtype) -> None:
+def test_nan_passes_through_every_activation(activation: str, dtype: torch.dtype | str) -> None:
     case = Drawn(dtype=dtype, batch=2, activation=activation, add=True)
     case.added.fill_(float("nan"))
     for tile in TILES:
@@ -77,7 +77,7 @@ def test_nan_passes_through_every_activation(activation: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_columns_that_nobody_kept_do_not_spread_nan(dtype: torch.dtype) -> None:
+def test_columns_that_nobody_kept_do_not_spread_nan(dtype: torch.dtype | str) -> None:
     options = {"in_channels": 256, "out_channels": 8, "kernel": (1, 1), "padding": (0, 0, 0, 0), "residual": 0.02}
     case = Drawn(dtype=dtype, batch=1, blocks=0.0, **options)
     unread = ~(case.weight != 0).any(0)[:, 0, 0]
@@ -89,7 +89,7 @@ def test_columns_that_nobody_kept_do_not_spread_nan(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_streams_at_once_do_not_disturb_each_other(dtype: torch.dtype) -> None:
+def test_two_streams_at_once_do_not_disturb_each_other(dtype: torch.dtype | str) -> None:
     cases = [Drawn(dtype=dtype, batch=4, seed=seed, size=(30, 30), activation="relu", add=True) for seed in (0, 1)]
     arguments = [_arguments(case) for case in cases]
     expected = [OP(**own) for own in arguments]
@@ -107,7 +107,7 @@ def test_two_streams_at_once_do_not_disturb_each_other(dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [(0, 0, 0), (32, 8, 8), (64, 16, 1)], ids=str)
-def test_a_chain_in_a_graph_replays_a_thousand_times_bit_equal(tile: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_chain_in_a_graph_replays_a_thousand_times_bit_equal(tile: tuple[int, ...], dtype: torch.dtype | str) -> None:
     """A chain whose launches overlap, several deep: each reads what the one before wrote, in memory used again."""
     options = {"in_channels": 96, "out_channels": 96, "size": (8, 8), "blocks": 0.2, "activation": "relu"}
     case = Drawn(dtype=dtype, batch=1, bias=True, **options)
@@ -152,6 +152,6 @@ def test_bad_arguments_are_refused() -> None:
 
 
 def test_tables_that_point_outside_stop_the_kernel() -> None:
-    calls = [("bfloat16", {}, True), ("float32", {}, False)]
+    calls = [("bfloat16", {}, True), ("float32", {}, False), ("float32", {"allow_tf32": True}, False)]
     for damage, text in hostile_tables.outputs("test_cuda_planes", 1, calls).items():
         assert "REFUSED" in text and "illegal memory access" not in text, f"{damage}: {text}"

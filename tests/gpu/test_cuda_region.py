@@ -45,10 +45,10 @@ def test_convolutions_pool_by_themselves(
     x = torch.randn(batch, 8, height, width, device="cuda", dtype=dtype)
     x[0, :, height // 2, 1] = float("nan")
     tensors = drawn.tiled(x, tile_rows)
-    pooled = OP([x], tensors, drawn.program, [2], [])[0]
-    last = OP([x], tensors, drawn.program, [4], [])[0]
+    pooled = OP([x], tensors, drawn.program, [2], [], False)[0]
+    last = OP([x], tensors, drawn.program, [4], [], False)[0]
     # A result that leaves the region is written before it is pooled.
-    one_by_one = OP([x], tensors, drawn.program, [1, 2, 3, 4], [])
+    one_by_one = OP([x], tensors, drawn.program, [1, 2, 3, 4], [], False)
     # Few images may be summed in another order when they are not pooled.
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype] if batch < 8 else 0
     same = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
@@ -91,7 +91,7 @@ def test_few_images_run_as_torch_stores_them() -> None:
 def test_a_storage_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXSPARSE_CUDA_STORAGE", "plane")
     with pytest.raises(RuntimeError, match="is 'plane', expected 'planes' or 'batch_inner'"):
-        OP([torch.randn(1, 8, 4, 4, device="cuda")], [], Add(0, NONE, "none").numbers(), [1], [])
+        OP([torch.randn(1, 8, 4, 4, device="cuda")], [], Add(0, NONE, "none").numbers(), [1], [], False)
 
 
 def test_odd_rows_that_are_padded_between_steps() -> None:
@@ -125,7 +125,7 @@ def test_changes_of_layout_are_exact(batch: int, channels: int, height: int, wid
     program = Add(0, NONE, "none").numbers()
     formats = (torch.contiguous_format, torch.channels_last)
     for memory_format, last in itertools.product(formats, ([], [1])):
-        (got,) = OP([x.contiguous(memory_format=memory_format)], [], program, [1], last)
+        (got,) = OP([x.contiguous(memory_format=memory_format)], [], program, [1], last, False)
         assert torch.equal(got, x)
         assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
@@ -142,11 +142,11 @@ def test_poolings_of_an_input_are_exact_and_pass_nan(
     pool = MaxPool(1, (3, 2), (2, 1), (1, 1), (1, 2), True)
     active = Add(0, NONE, activation).run([x], []) if activation != "none" else x
     steps = [Add(0, NONE, activation), pool]
-    (got,) = OP([x], [], [n for step in steps for n in step.numbers()], [2], [])
+    (got,) = OP([x], [], [n for step in steps for n in step.numbers()], [2], [], False)
     wanted = torch.max_pool2d(active, *pool[1:])
     torch.testing.assert_close(got, wanted.contiguous(), equal_nan=True)
     assert bool(wanted.isnan().any())
-    (alone,) = OP([x], [], MaxPool(0, *pool[1:]).numbers(), [1], [])
+    (alone,) = OP([x], [], MaxPool(0, *pool[1:]).numbers(), [1], [], False)
     assert torch.equal(alone.nan_to_num(), torch.max_pool2d(x, *pool[1:]).nan_to_num())
 
 
@@ -154,10 +154,10 @@ def test_poolings_of_an_input_are_exact_and_pass_nan(
 def test_an_input_that_is_read_twice_is_moved_once_and_whole() -> None:
     x = torch.randn(10, 16, 8, 8, device="cuda", dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     steps = [MaxPool(0, (2, 2), (2, 2), (0, 0), (1, 1), False), Average(0), Add(0, 0, "relu")]
-    pooled, mean, twice = OP([x], [], [n for step in steps for n in step.numbers()], [1, 2, 3], [])
+    pooled, mean, twice = OP([x], [], [n for step in steps for n in step.numbers()], [1, 2, 3], [], False)
     assert torch.equal(pooled, torch.max_pool2d(x, 2))
     torch.testing.assert_close(mean, x.float().mean((2, 3), keepdim=True).bfloat16())
-    (stays, silu) = OP([x], [], [*Average(0).numbers(), *Add(1, NONE, "silu").numbers()], [1, 2], [])
+    (stays, silu) = OP([x], [], [*Average(0).numbers(), *Add(1, NONE, "silu").numbers()], [1, 2], [], False)
     assert torch.equal(stays, mean)
     torch.testing.assert_close(silu, torch.nn.functional.silu(mean))
     assert torch.equal(twice, torch.relu(x + x).contiguous())
@@ -173,8 +173,8 @@ def test_tensors_may_begin_anywhere() -> None:
         return moved.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
 
     tensors = drawn.tiled(x)
-    (wanted,) = OP([x], tensors, drawn.program, [8], [])
-    (got,) = OP([shifted(x)], [shifted(tensor) for tensor in tensors], drawn.program, [8], [])
+    (wanted,) = OP([x], tensors, drawn.program, [8], [], False)
+    (got,) = OP([shifted(x)], [shifted(tensor) for tensor in tensors], drawn.program, [8], [], False)
     assert torch.equal(got, wanted)
 
 
@@ -189,9 +189,9 @@ def test_empty_batches_and_refusals() -> None:
     for at, value, message in [(2, tensors[2][:, :3], "'tiles'"), (0, tensors[0].half(), "'tile_values' has dtype")]:
         wrong = [*tensors[:at], value, *tensors[at + 1 :]]
         with pytest.raises(RuntimeError, match=message):
-            OP([x], wrong, drawn.program, [12], [])
+            OP([x], wrong, drawn.program, [12], [], False)
     with pytest.raises(RuntimeError, match="twice, or an input"):
-        OP([x], tensors, drawn.program, [0], [])
+        OP([x], tensors, drawn.program, [0], [], False)
 
 
 @pytest.mark.usefixtures("storage")
@@ -201,7 +201,7 @@ def test_replays_of_a_graph_are_bit_stable_and_read_new_inputs() -> None:
     tensors = drawn.tiled(x)
 
     def call() -> Tensor:
-        return OP([x], tensors, drawn.program, [8], [])[0]
+        return OP([x], tensors, drawn.program, [8], [], False)[0]
 
     call()
     graph = torch.cuda.CUDAGraph()
@@ -222,16 +222,16 @@ def test_it_runs_on_the_current_stream_and_waits_for_nobody() -> None:
     tensors, side, done = drawn.tiled(x), torch.cuda.Stream(), torch.cuda.Event()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        OP([x], tensors, drawn.program, [8], [])  # fills the stream's memory pool
+        OP([x], tensors, drawn.program, [8], [], False)  # fills the stream's memory pool
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(SLEEP_CYCLES)
         x.copy_(fresh)
-        (out,) = OP([x], tensors, drawn.program, [8], [])
+        (out,) = OP([x], tensors, drawn.program, [8], [], False)
         done.record()
     assert not done.query(), "the call waited for the device"
     torch.cuda.synchronize()
-    assert torch.equal(out, OP([fresh], tensors, drawn.program, [8], [])[0])
+    assert torch.equal(out, OP([fresh], tensors, drawn.program, [8], [], False)[0])
 
 
 class Residual(nn.Module):

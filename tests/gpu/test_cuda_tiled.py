@@ -7,7 +7,7 @@ from typing import Any
 import hostile_tables
 import pytest
 import torch
-from drawn import ROUNDOFF, STEEPEST, Drawn, random_case
+from drawn import ROUNDOFF, STEEPEST, TF32, TF32_PRODUCT, Drawn, random_case
 from torch import Tensor
 
 from fxsparse.ops import batch_inner, tiles
@@ -19,19 +19,24 @@ HALVES = (torch.bfloat16, torch.float16)
 HOPPER = ("wgmma64", "wgmma64half", "wgmma128", "wgmma128half")
 
 
-def _kernels(dtype: torch.dtype) -> tuple[str, ...]:
-    if dtype not in HALVES or torch.cuda.get_device_capability()[0] != 9:
+FLOATS = ("float_64", "float_128", "float_256")
+
+
+def _kernels(dtype: torch.dtype | str) -> tuple[str, ...]:
+    if dtype not in HALVES:
+        return ("auto", *FLOATS)
+    if torch.cuda.get_device_capability()[0] != 9:
         return ("auto", "portable")
     return ("auto", "portable", *HOPPER)
 
 
-DTYPES = (*HALVES, torch.float32)
+DTYPES = (*HALVES, torch.float32, TF32)
 COMBINATIONS = [
-    pytest.param(dtype, kernel, rows, id=f"{str(dtype)[6:]}-{kernel}-{rows}")
+    pytest.param(dtype, kernel, rows, id=f"{str(dtype).removeprefix('torch.')}-{kernel}-{rows}")
     for dtype in DTYPES
-    for kernel in ("auto", "portable", *(HOPPER if dtype in HALVES else ()))
+    for kernel in ("auto", *(("portable", *HOPPER) if dtype in HALVES else FLOATS))
     for rows in (64, 128)
-    if rows == 64 or kernel in ("auto", "portable", "wgmma128")
+    if rows == 64 or kernel in ("auto", "portable", "wgmma128", *FLOATS)
 ]
 
 
@@ -64,6 +69,7 @@ def _arguments(case: Drawn, rows: int = 64, **changes: Any) -> dict[str, Any]:
         "groups": case.groups,
         "activation": case.activation,
         "add": None if case.added is None else _poisoned(case.added),
+        "allow_tf32": case.tf32,
     }
     return arguments | changes
 
@@ -85,7 +91,8 @@ def _check(case: Drawn, got: Tensor, input: Tensor | None = None) -> None:
     magnitude = case._convolve(*(None if t is None else t.abs() for t in wide))
     result, sums = ROUNDOFF[case.dtype]
     terms = case.weight[0].numel() + 8
-    bound = STEEPEST * terms * sums * magnitude + 1.01 * result * expected.abs() + 2.0**-24
+    products = terms * sums + (TF32_PRODUCT if case.tf32 else 0)
+    bound = STEEPEST * products * magnitude + 1.01 * result * expected.abs() + 2.0**-24
     assert not got.isnan().any(), "an output was not written"
     assert ((got.double() - expected).abs() / bound).max().item() <= 1
 
@@ -125,7 +132,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("dtype", "kernel", "rows"), COMBINATIONS)
-def test_every_option_agrees_with_float64(dtype: torch.dtype, kernel: str, rows: int) -> None:
+def test_every_option_agrees_with_float64(dtype: torch.dtype | str, kernel: str, rows: int) -> None:
     _needs(kernel)
     for options in OPTIONS.values():
         case = Drawn(dtype=dtype, **options)
@@ -134,14 +141,14 @@ def test_every_option_agrees_with_float64(dtype: torch.dtype, kernel: str, rows:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", range(24))
-def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype) -> None:
+def test_random_calls_agree_with_float64(seed: int, dtype: torch.dtype | str) -> None:
     case, _ = random_case(seed, dtype, (1, 3, 8, 17, 64, 130))
     for kernel in _kernels(dtype):
         _check(case, _run(case, kernel))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_in_other_layouts_are_moved(dtype: torch.dtype) -> None:
+def test_tensors_in_other_layouts_are_moved(dtype: torch.dtype | str) -> None:
     case = Drawn(dtype=dtype, batch=12, add=True)
     wanted = _run(case)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -185,7 +192,7 @@ def test_the_kernel_waits_for_the_stream_it_is_called_on() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_streams_at_once_do_not_disturb_each_other(dtype: torch.dtype) -> None:
+def test_two_streams_at_once_do_not_disturb_each_other(dtype: torch.dtype | str) -> None:
     cases = [Drawn(dtype=dtype, batch=64, seed=seed, size=(30, 30), activation="relu", add=True) for seed in (0, 1)]
     arguments = [_arguments(case) for case in cases]
     expected = [OP(**own) for own in arguments]
@@ -202,7 +209,7 @@ def test_two_streams_at_once_do_not_disturb_each_other(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_chain_in_a_graph_replays_a_thousand_times_bit_equal(dtype: torch.dtype) -> None:
+def test_a_chain_in_a_graph_replays_a_thousand_times_bit_equal(dtype: torch.dtype | str) -> None:
     """A chain whose launches overlap: each reads what the one before wrote, in memory that is used again."""
     options = {"in_channels": 96, "out_channels": 96, "size": (7, 7), "blocks": 0.2, "activation": "relu"}
     case = Drawn(dtype=dtype, batch=64, bias=True, **options)
@@ -231,13 +238,14 @@ def test_a_chain_in_a_graph_replays_a_thousand_times_bit_equal(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernel"), [(torch.bfloat16, "auto"), (torch.bfloat16, "portable"), (torch.float32, "auto")]
+    ("dtype", "kernel"),
+    [(torch.bfloat16, "auto"), (torch.bfloat16, "portable"), (torch.float32, "auto"), (TF32, "auto")],
 )
-def test_a_tensor_of_more_than_two_to_the_31_elements(dtype: torch.dtype, kernel: str) -> None:
+def test_a_tensor_of_more_than_two_to_the_31_elements(dtype: torch.dtype | str, kernel: str) -> None:
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GB of memory")
     case = Drawn(dtype=dtype, batch=8, in_channels=64, out_channels=64, size=(4, 4), blocks=0.05)
-    memory = torch.randn(2056, 2056, 64, 8, device="cuda", dtype=dtype)
+    memory = torch.randn(2056, 2056, 64, 8, device="cuda", dtype=case.dtype)
     input = memory.permute(3, 2, 0, 1)
     assert input.numel() > 2**31 and batch_inner.is_batch_inner(input)
     got = _run(case, kernel, input=input)
@@ -246,7 +254,7 @@ def test_a_tensor_of_more_than_two_to_the_31_elements(dtype: torch.dtype, kernel
         corner = input[:, :, part, part].double()
         wanted = torch.nn.functional.conv2d(corner, weight, bias, padding=1)[..., inner, inner]
         error = (got[:, :, part, part][..., inner, inner].double() - wanted).norm() / wanted.norm()
-        assert error < (5e-3 if dtype == torch.bfloat16 else 1e-6)
+        assert error < {torch.bfloat16: 5e-3, torch.float32: 1e-6, TF32: 1e-3}[dtype]
 
 
 def test_tables_that_point_outside_stop_the_kernel() -> None:
@@ -254,6 +262,7 @@ def test_tables_that_point_outside_stop_the_kernel() -> None:
         ("bfloat16", {"kernel": "auto"}, True),
         ("bfloat16", {"kernel": "portable"}, False),
         ("float32", {"kernel": "auto"}, False),
+        ("float32", {"kernel": "auto", "allow_tf32": True}, False),
     ]
     for damage, text in hostile_tables.outputs("test_cuda_tiled", 16, calls).items():
         assert "REFUSED" in text and "illegal memory access" not in text, f"{damage}: {text}"

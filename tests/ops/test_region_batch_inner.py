@@ -55,7 +55,7 @@ def test_the_program_comes_back_as_it_was() -> None:
 @pytest.mark.parametrize("last", [(), (3,)])
 def test_opcheck(last: tuple[int, ...]) -> None:
     drawn, x = batch_inner_net(), torch.randn(8, 8, 10, 10)
-    arguments = ([x], drawn.tiled(x), drawn.program, [12, 11, 3], list(last))
+    arguments = ([x], drawn.tiled(x), drawn.program, [12, 11, 3], list(last), False)
     torch.library.opcheck(
         torch.ops.fxsparse.region_batch_inner.default,
         arguments,
@@ -78,7 +78,7 @@ def test_gradients_reach_inputs_biases_and_tiles() -> None:
 
     def gradients(run: object) -> list[Tensor]:
         y = x.clone().requires_grad_()
-        (result,) = run([y], tensors, drawn.program, [12], [])  # type: ignore[operator]
+        (result,) = run([y], tensors, drawn.program, [12], [], False)  # type: ignore[operator]
         wanted = [y, *(t for t in tensors if t.is_floating_point())]
         return list(torch.autograd.grad(result.square().sum(), wanted))
 
@@ -86,3 +86,18 @@ def test_gradients_reach_inputs_biases_and_tiles() -> None:
         gradients(torch.ops.fxsparse.region_batch_inner), gradients(reference_batch_inner), strict=True
     ):
         assert torch.allclose(got, wanted, rtol=1e-10, atol=1e-12) and bool(wanted.any())
+
+
+def test_gradients_of_a_compiled_region() -> None:
+    drawn, x = batch_inner_net(), torch.randn(8, 8, 10, 10)
+    tensors = [t.requires_grad_() if t.is_floating_point() else t for t in drawn.tiled(x)]
+    wanted = [t for t in tensors if t.is_floating_point()]
+
+    def loss(x: Tensor) -> Tensor:
+        (result,) = torch.ops.fxsparse.region_batch_inner([x], tensors, drawn.program, [12], [], False)
+        return result.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(compiled(x), wanted)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(x), wanted))
+    assert any(bool(gradient.any()) for gradient in found)

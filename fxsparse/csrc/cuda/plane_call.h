@@ -38,14 +38,20 @@ struct PlaneCall {
   Divider by_image; // stored positions of one image
   int positions;    // of all images; of a pooling four for each stored one, a window side by side
   int split;
+  bool tf32;              // of float32: factors are rounded
   int table;              // columns that shared memory has room for: a multiple of a chunk
   bool stores_pairs;      // positions of even number and the next lie side by side, in the output and in what is added
   int log_threads_of_row; // how many threads store a CTA's positions of one row: a power of two
 };
 
-// How many CTAs a multiprocessor holds, and the chunks whose loads are under way together: what the registers allow.
-__host__ __device__ constexpr int plane_ctas(int rows, int units) { return rows == 64 && units == 1 ? 3 : 2; }
-__host__ __device__ constexpr int plane_batch(int rows, int units) { return rows == 32 ? 4 / units : 1; }
+// How many CTAs a multiprocessor holds, and the chunks whose loads are under way together: what the registers allow. In
+// TF32 weights take twice as many.
+__host__ __device__ constexpr int plane_ctas(int rows, int units, bool tf32) {
+  return rows == 64 && units == 1 && !tf32 ? 3 : 2;
+}
+__host__ __device__ constexpr int plane_batch(int rows, int units, bool tf32) {
+  return rows == 32 ? (tf32 ? 2 : 4) / units : 1;
+}
 
 // Floats between the sums of two rows in shared memory.
 __host__ __device__ constexpr int sums_pitch(int positions) { return positions <= 16 ? positions : positions + 4; }

@@ -19,6 +19,7 @@ PlaneCall call_of(const PlaneConv &conv, const TiledWeight &weight, const TiledT
   call.shape.tap_step = uint32_t(g.dilation_x * conv.in.x);
   call.shape.channel_step = uint32_t(conv.in.channel);
   call.weight = weight, call.tensors = tensors, call.activation = g.activation;
+  call.tf32 = conv.type == TiledType::kFloat && conv.allow_tf32;
   call.in_image = uint32_t(conv.in.image), call.in_row = uint32_t(conv.in.row), call.in_x = uint32_t(conv.in.x);
   call.add = StoreSteps::of(conv.add), call.out = StoreSteps::of(conv.out);
   const int64_t window = call.shape.window, element = conv.type == TiledType::kFloat ? 4 : 2;
@@ -48,7 +49,8 @@ struct PlaneGrid {
     grid.row_parts = call.weight.tile_count * (call.weight.tile_rows / tile.rows);
     grid.positions = kPlaneWarps / tile.split * tile.positions;
     const int64_t tiles = ceil_of(call.positions, grid.positions);
-    const int64_t at_once = int64_t(multiprocessors) * plane_ctas(tile.rows, tile.positions / 8) / grid.row_parts;
+    const int64_t at_once =
+        int64_t(multiprocessors) * plane_ctas(tile.rows, tile.positions / 8, call.tf32) / grid.row_parts;
     grid.rounds = ceil_of(tiles, std::max<int64_t>(at_once, 1));
     grid.blocks = grid.row_parts * ceil_of(tiles, grid.rounds);
     return grid;
@@ -70,7 +72,7 @@ double estimate(const PlaneCall &call, const PlaneTile &tile, int multiprocessor
       call.stores_pairs && tile.split == 1
           ? 0.67 / 64 * rows * units
           : double(ceil_of(rows * grid.positions / at_once, kPlaneThreads)) * (0.21 + 0.015 * tile.split);
-  const double latency = 0.42 + 0.17 * double(ceil_of(chunks, plane_batch(rows, units)));
+  const double latency = 0.42 + 0.17 * double(ceil_of(chunks, plane_batch(rows, units, call.tf32)));
   return 0.93 + double(grid.rounds) * (latency + load * (double(chunks) * chunk + 0.083 * units + stores));
 }
 
@@ -92,7 +94,7 @@ PlaneTile chosen(const PlaneCall &call, const PlaneTile &asked, int multiprocess
   return best;
 }
 
-template <typename T, int kRows, int kPositions>
+template <typename T, bool kTf32, int kRows, int kPositions>
 cudaError_t launch(PlaneCall call, const PlaneTile &tile, int multiprocessors, bool overlap, cudaStream_t stream) {
   const PlaneGrid grid = PlaneGrid::of(call, tile, multiprocessors);
   if (grid.blocks > INT_MAX)
@@ -101,16 +103,26 @@ cudaError_t launch(PlaneCall call, const PlaneTile &tile, int multiprocessors, b
   call.split = tile.split;
   call.log_threads_of_row = std::countr_zero(unsigned(grid.positions / stored_at_once));
   call.table = int(std::min<int64_t>(kPlaneTable, ceil_of(call.weight.column_count, kColumnStep) * kColumnStep));
-  return launch_if_overlapping(overlap, plane_conv_kernel<T, kRows, kPositions / 8>, dim3(unsigned(grid.blocks)),
+  return launch_if_overlapping(overlap, plane_conv_kernel<T, kRows, kPositions / 8, kTf32>, dim3(unsigned(grid.blocks)),
                                kPlaneThreads, plane_shared_bytes(kRows, kPositions, tile.split, call.table), stream,
                                call);
+}
+
+template <typename T, bool kTf32>
+cudaError_t launch_tile(const PlaneCall &call, const PlaneTile &tile, int multiprocessors, bool overlap,
+                        cudaStream_t stream) {
+  if (tile.rows == 32)
+    return tile.positions == 8 ? launch<T, kTf32, 32, 8>(call, tile, multiprocessors, overlap, stream)
+                               : launch<T, kTf32, 32, 16>(call, tile, multiprocessors, overlap, stream);
+  return tile.positions == 8 ? launch<T, kTf32, 64, 8>(call, tile, multiprocessors, overlap, stream)
+                             : launch<T, kTf32, 64, 16>(call, tile, multiprocessors, overlap, stream);
 }
 
 } // namespace
 
 const char *plane_conv2d_refusal(const PlaneConv &conv, int64_t tile_rows) {
   const Conv2dGeometry &g = conv.geometry;
-  const TiledConv tiled = {g, conv.type, TiledKernel::kChosen, false, false};
+  const TiledConv tiled = {g, conv.type, TiledKernel::kChosen, false, false, false};
   if (const char *refusal = tiled_conv2d_refusal(tiled, tile_rows))
     return refusal;
   if (!are_few({g.batch, g.in_channels, g.in_height, g.in_width}) ||
@@ -133,13 +145,10 @@ cudaError_t launch_plane_conv2d(const PlaneConv &conv, const TiledWeight &weight
       status != cudaSuccess)
     return status;
   const PlaneTile tile = chosen(call, conv.tile, multiprocessors);
+  if (call.tf32)
+    return launch_tile<float, true>(call, tile, multiprocessors, conv.overlap, stream);
   return with_type(conv.type, [&](auto value) {
-    using T = decltype(value);
-    if (tile.rows == 32)
-      return tile.positions == 8 ? launch<T, 32, 8>(call, tile, multiprocessors, conv.overlap, stream)
-                                 : launch<T, 32, 16>(call, tile, multiprocessors, conv.overlap, stream);
-    return tile.positions == 8 ? launch<T, 64, 8>(call, tile, multiprocessors, conv.overlap, stream)
-                               : launch<T, 64, 16>(call, tile, multiprocessors, conv.overlap, stream);
+    return launch_tile<decltype(value), false>(call, tile, multiprocessors, conv.overlap, stream);
   });
 }
 

@@ -21,6 +21,7 @@ struct PlaneConv {
   PlaneTile tile;
   bool overlap; // the kernel may start, and read weights, while the one before it on the stream still runs
   bool pools;   // as TiledConv's
+  bool allow_tf32;
   ImageStrides in, add, out;
 };
 

@@ -30,15 +30,15 @@ __device__ __forceinline__ void activate_sums(Activation activation, float (&val
 
 // Two elements that lie side by side, from an even one on.
 template <typename T> struct Neighbours {
-  static __device__ __forceinline__ float2 load(const T *from) {
-    return Pair<T>::unpack(*reinterpret_cast<const uint32_t *>(from));
-  }
+  using Both = uint32_t; // as they lie in memory
+  static __device__ __forceinline__ float2 unpack(Both both) { return Pair<T>::unpack(both); }
   static __device__ __forceinline__ void store(T *to, float low, float high) {
     *reinterpret_cast<uint32_t *>(to) = Pair<T>::pack(low, high);
   }
 };
 template <> struct Neighbours<float> {
-  static __device__ __forceinline__ float2 load(const float *from) { return *reinterpret_cast<const float2 *>(from); }
+  using Both = float2;
+  static __device__ __forceinline__ float2 unpack(Both both) { return both; }
   static __device__ __forceinline__ void store(float *to, float low, float high) {
     *reinterpret_cast<float2 *>(to) = make_float2(low, high);
   }
@@ -52,7 +52,8 @@ __device__ __forceinline__ void store_pair(const PlaneCall &call, int channel, f
     return;
   float values[2] = {pair.x + bias, pair.y + bias};
   if (add != nullptr) {
-    const float2 added = Neighbours<T>::load(add + (call.add.at(stored) + uint32_t(channel) * call.add.channel));
+    const T *from = add + (call.add.at(stored) + uint32_t(channel) * call.add.channel);
+    const float2 added = Neighbours<T>::unpack(*reinterpret_cast<const typename Neighbours<T>::Both *>(from));
     values[0] += added.x, values[1] += added.y;
   }
   activate_sums<T>(call.activation, values);
@@ -60,33 +61,34 @@ __device__ __forceinline__ void store_pair(const PlaneCall &call, int channel, f
 }
 
 // The same for all of a lane's sums of one unit. What is added is loaded before the sums are made.
-template <typename T, int kRows> struct PairStores {
+template <typename T, int kRows, class Product, bool = Product::kHoldsPairs> struct PairStores {
+  using Both = typename Neighbours<T>::Both;
   static constexpr int kPairs = kRows / 8;
   StoredPosition stored;
-  uint32_t added[kPairs]; // pairs as they lie in memory
+  Both added[kPairs];
 
   __device__ __forceinline__ void load(const PlaneCall &call, const int *channels, int position, int lane,
                                        const T *add) {
     stored = stored_position(call, position);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
-      added[i] = 0;
+      added[i] = Both{};
     if (add == nullptr || position >= call.positions)
       return;
     const T *from = add + call.add.at(stored);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
       added[i] =
-          *reinterpret_cast<const uint32_t *>(from + uint32_t(max(channels[i * 8 + lane / 4], 0)) * call.add.channel);
+          *reinterpret_cast<const Both *>(from + uint32_t(max(channels[Product::row(i, lane)], 0)) * call.add.channel);
   }
 
-  __device__ __forceinline__ void store(const PlaneCall &call, const PlaneProduct<T, kRows> &product,
-                                        const int *channels, const float *biases, int lane, T *output) const {
+  __device__ __forceinline__ void store(const PlaneCall &call, const Product &product, const int *channels,
+                                        const float *biases, int lane, T *output) const {
     float values[kPairs * 2];
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const float bias = biases[i * 8 + lane / 4];
-      const float2 both = Pair<T>::unpack(added[i]);
+      const float bias = biases[Product::row(i, lane)];
+      const float2 both = Neighbours<T>::unpack(added[i]);
       values[i * 2] = product.sums[i / 2][i % 2 * 2] + bias + both.x;
       values[i * 2 + 1] = product.sums[i / 2][i % 2 * 2 + 1] + bias + both.y;
     }
@@ -94,18 +96,18 @@ template <typename T, int kRows> struct PairStores {
     T *to = output + call.out.at(stored);
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
-      const int channel = channels[i * 8 + lane / 4];
+      const int channel = channels[Product::row(i, lane)];
       if (channel >= 0)
         Neighbours<T>::store(to + uint32_t(channel) * call.out.channel, values[i * 2], values[i * 2 + 1]);
     }
   }
 };
 
-// Nothing holds pairs of floats.
-template <int kRows> struct PairStores<float, kRows> {
-  __device__ __forceinline__ void load(const PlaneCall &, const int *, int, int, const float *) {}
-  __device__ __forceinline__ void store(const PlaneCall &, const PlaneProduct<float, kRows> &, const int *,
-                                        const float *, int, float *) const {}
+// A lane's sums are of one position.
+template <typename T, int kRows, class Product> struct PairStores<T, kRows, Product, false> {
+  __device__ __forceinline__ void load(const PlaneCall &, const int *, int, int, const T *) {}
+  __device__ __forceinline__ void store(const PlaneCall &, const Product &, const int *, const float *, int,
+                                        T *) const {}
 };
 
 // Decodes the tile's columns from `first` to `last`.
@@ -116,10 +118,11 @@ __device__ __forceinline__ void decode_table(const PlaneCall &call, const int32_
     table[i] = decode_column(call.shape, __ldg(words + first + i));
 }
 
-template <typename T, int kRows, int kUnits>
-__global__ void __launch_bounds__(kPlaneThreads, plane_ctas(kRows, kUnits)) plane_conv_kernel(const PlaneCall call) {
-  using Product = PlaneProduct<T, kRows>;
-  constexpr int kBatch = plane_batch(kRows, kUnits);
+template <typename T, int kRows, int kUnits, bool kTf32>
+__global__ void __launch_bounds__(kPlaneThreads, plane_ctas(kRows, kUnits, kTf32))
+    plane_conv_kernel(const PlaneCall call) {
+  using Product = PlaneProduct<T, kRows, kTf32>;
+  constexpr int kBatch = plane_batch(kRows, kUnits, kTf32);
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ int channels[kRows];
   __shared__ float biases[kRows];
@@ -170,7 +173,7 @@ __global__ void __launch_bounds__(kPlaneThreads, plane_ctas(kRows, kUnits)) plan
       positions[u] = gathered_position(call, from + (team * kUnits + u) * 8 + lane / 4);
     const StoredPosition stored = stored_position(call, from + own_position);
     Product products[kUnits];
-    PairStores<T, kRows> stores[kUnits];
+    PairStores<T, kRows, Product> stores[kUnits];
 #pragma unroll 1
     for (int first = 0; first == 0 || first < chunks; first += held) {
       const int end = min(chunks, first + held);

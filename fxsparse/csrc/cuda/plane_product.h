@@ -2,6 +2,7 @@
 #pragma once
 
 #include "plane_call.h"
+#include "tiled_float_product.h"
 #include "tiled_mma_kernel.h"
 
 namespace fxsparse::cuda {
@@ -22,10 +23,12 @@ template <typename T, int kUnits> struct Gathered {
   }
 };
 
-// Sums of kRows x 8 positions in a warp's registers, and how to multiply a chunk.
-template <typename T, int kRows> struct PlaneProduct {
+// Sums of kRows x 8 positions in a warp's registers, and how to multiply a chunk. `kTf32`: float32 in TF32.
+template <typename T, int kRows, bool kTf32> struct PlaneProduct {
   static constexpr int kParts = kRows / 16;
   static constexpr bool kHoldsPairs = true; // a lane: 2t and 2t + 1
+  // The row of a lane's i-th pair.
+  static __device__ __forceinline__ int row(int i, int lane) { return i * 8 + lane / 4; }
   float sums[kParts][4] = {};
 
   struct Weights {
@@ -65,13 +68,63 @@ template <typename T, int kRows> struct PlaneProduct {
   __device__ __forceinline__ void store(float *to, int pitch, int lane) const {
 #pragma unroll
     for (int i = 0; i < kParts * 2; ++i)
-      *reinterpret_cast<float2 *>(to + (i * 8 + lane / 4) * pitch + lane % 4 * 2) =
+      *reinterpret_cast<float2 *>(to + row(i, lane) * pitch + lane % 4 * 2) =
+          make_float2(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+  }
+};
+
+// In TF32. A lane takes four rows at once, so its rows of 32 are 4g to 4g + 3 (tiled_float_product.h), and what the
+// instruction means by columns t and t + 4 are two of its own four.
+template <int kRows> struct PlaneProduct<float, kRows, true> {
+  static constexpr int kParts = kRows / 16;
+  static constexpr bool kHoldsPairs = true;
+  static __device__ __forceinline__ int row(int i, int lane) { return i / 4 * 32 + lane / 4 * 4 + i % 4; }
+  float sums[kParts][4] = {};
+
+  struct Weights {
+    float4 values[kRows / 32][4]; // four rows of each column
+
+    __device__ __forceinline__ void load(const void *of, int chunk, int tile_rows, int lane) {
+      const float *from =
+          static_cast<const float *>(of) + int64_t(chunk * kPlaneChunk + lane % 4 * 4) * tile_rows + lane / 4 * 4;
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int m = 0; m < kRows / 32; ++m)
+          values[m][k] = __ldg(reinterpret_cast<const float4 *>(from + k * tile_rows + m * 32));
+    }
+  };
+
+  static __device__ __forceinline__ const void *values_of(const TiledWeight &weight, const RowTile &tile, int row) {
+    return static_cast<const float *>(weight.values) + tile.first_value + row;
+  }
+
+  __device__ __forceinline__ void multiply(const Weights &weights, const float (&gathered)[4], int) {
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      const float b0 = rounded_to_tf32(gathered[k]), b1 = rounded_to_tf32(gathered[k + 1]);
+#pragma unroll
+      for (int m = 0; m < kRows / 32; ++m) {
+        const float4 &first = weights.values[m][k], &second = weights.values[m][k + 1];
+        float (&even)[4] = sums[m * 2], (&odd)[4] = sums[m * 2 + 1];
+        multiply_tf32(even[0], even[1], even[2], even[3], rounded_to_tf32(first.x), rounded_to_tf32(first.y),
+                      rounded_to_tf32(second.x), rounded_to_tf32(second.y), b0, b1);
+        multiply_tf32(odd[0], odd[1], odd[2], odd[3], rounded_to_tf32(first.z), rounded_to_tf32(first.w),
+                      rounded_to_tf32(second.z), rounded_to_tf32(second.w), b0, b1);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store(float *to, int pitch, int lane) const {
+#pragma unroll
+    for (int i = 0; i < kParts * 2; ++i)
+      *reinterpret_cast<float2 *>(to + row(i, lane) * pitch + lane % 4 * 2) =
           make_float2(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
   }
 };
 
 // Exact: without tensor cores. Lane 4g + t sums a quarter of the rows, from t on, at position g.
-template <int kRows> struct PlaneProduct<float, kRows> {
+template <int kRows> struct PlaneProduct<float, kRows, false> {
   static constexpr int kOwn = kRows / 4;
   static constexpr bool kHoldsPairs = false;
   float sums[kOwn] = {};

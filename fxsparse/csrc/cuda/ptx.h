@@ -16,6 +16,11 @@ __device__ __forceinline__ void copy_unit_async(uint32_t to, const void *from, b
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// Copies 8 bytes to shared memory.
+__device__ __forceinline__ void copy_half_unit_async(uint32_t to, const void *from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int kPending> __device__ __forceinline__ void wait_for_copies() {

@@ -25,7 +25,14 @@ cudaError_t current_device(Device &found) {
   return status;
 }
 
-bool is_wgmma(TiledKernel kernel) { return kernel != TiledKernel::kChosen && kernel != TiledKernel::kPortable; }
+bool is_wgmma(TiledKernel kernel) {
+  return kernel == TiledKernel::kWgmma64 || kernel == TiledKernel::kWgmma128 || kernel == TiledKernel::kWgmma64Half ||
+         kernel == TiledKernel::kWgmma128Half;
+}
+
+bool is_float(TiledKernel kernel) {
+  return kernel == TiledKernel::kFloat64 || kernel == TiledKernel::kFloat128 || kernel == TiledKernel::kFloat256;
+}
 
 int64_t units_of(int64_t height, int64_t width, int64_t channels, int64_t units) {
   const __int128 count = static_cast<__int128>(height) * width * channels * units;
@@ -65,6 +72,8 @@ const char *tiled_conv2d_refusal(const TiledConv &conv, int64_t tile_rows) {
     return "the device has a compute capability below 8.0";
   if (is_wgmma(conv.kernel) && (device.major != 9 || conv.type == TiledType::kFloat))
     return "the kernel is for 16-bit types on compute capability 9.0";
+  if (is_float(conv.kernel) && conv.type != TiledType::kFloat)
+    return "the kernel is for float32";
   return nullptr;
 }
 

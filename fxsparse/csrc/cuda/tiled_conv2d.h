@@ -43,8 +43,19 @@ struct TiledWeight {
 
 // Which kernel runs: chosen from device, type and sizes; Hopper's tensor cores (compute capability 9.0, 16-bit types)
 // with so many positions a tile and one CTA an SM, or ("Half") two; or the one for every device of compute
-// capability 8.0 and later. Tiles of 128 rows have one kernel on Hopper's tensor cores, whichever is asked for.
-enum class TiledKernel { kChosen, kWgmma64, kWgmma128, kWgmma64Half, kWgmma128Half, kPortable };
+// capability 8.0 and later. Tiles of 128 rows have one kernel on Hopper's tensor cores, whichever is asked for. Of
+// float32: with so many positions a tile.
+enum class TiledKernel {
+  kChosen,
+  kWgmma64,
+  kWgmma128,
+  kWgmma64Half,
+  kWgmma128Half,
+  kPortable,
+  kFloat64,
+  kFloat128,
+  kFloat256
+};
 
 struct TiledConv {
   Conv2dGeometry geometry; // padding_mode must be kZeros
@@ -56,6 +67,7 @@ struct TiledConv {
   // What is stored is the maximum of each window of 2 x 2 positions; a last odd row or column falls away. The geometry
   // is the convolution's, the output's sizes are half of it. Nothing can be added. See can_pool_tiled_conv2d.
   bool pools;
+  bool allow_tf32; // float32: factors may be rounded to TF32 (10 bits) for the tensor cores; sums stay float32
 };
 
 struct TiledTensors {

@@ -16,7 +16,7 @@ template <typename T>
 cudaError_t launch_tiled_mma(const TiledConv &conv, const TiledWeight &weight, const TiledTensors &tensors,
                              cudaStream_t stream);
 
-// float32 without tensor cores, exact.
+// float32: exact, without tensor cores; or where conv.allow_tf32, in TF32.
 cudaError_t launch_tiled_float(const TiledConv &conv, const TiledWeight &weight, const TiledTensors &tensors,
                                int multiprocessors, cudaStream_t stream);
 
